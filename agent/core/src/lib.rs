@@ -1,0 +1,1 @@
+//! Pure agent decisions: VRAM ledger, throttle, session and fencing, worker protocol.

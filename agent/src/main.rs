@@ -1,0 +1,2 @@
+//! The GoGrid node agent: lease, inventory, supervision of workers.
+fn main() {}

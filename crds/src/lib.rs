@@ -1,0 +1,1 @@
+//! The words of GoGrid's API: custom resource types, CEL rules, units, conditions.

@@ -1,0 +1,1 @@
+//! Checked GGUF header parser, model facts and memory estimate.

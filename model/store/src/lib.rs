@@ -1,0 +1,1 @@
+//! Model sources and the content-addressed model store.

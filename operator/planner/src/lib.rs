@@ -1,0 +1,1 @@
+//! Pure placement decisions: which node, why not, what to write next.

@@ -1,0 +1,2 @@
+//! The GoGrid operator: observe, validate, plan, apply, status.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Seeded generator of small GGUF files, and the demo model.

@@ -1,0 +1,1 @@
+//! Scenarios, fault sweeps and end-to-end tests of GoGrid.
