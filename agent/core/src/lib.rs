@@ -1,1 +1,8 @@
-//! Pure agent decisions: VRAM ledger, throttle, session and fencing, worker protocol.
+//! Pure decisions of the agent and its workers.
+//!
+//! Owns: the worker protocol, the throttle, the VRAM ledger, session and fencing, and what to do next with each
+//! assignment. Must not: read a clock, environment or file, spawn anything, or know kube, tokio or candle. Time comes
+//! in as nanoseconds of CLOCK_BOOTTIME.
+
+pub mod protocol;
+pub mod throttle;

@@ -1,0 +1,1 @@
+//! When a request may start and when a device may be used.
