@@ -15,6 +15,8 @@ pub const LEADER_NAMESPACE: &str = "kube-system";
 pub const JOB_UID_LABEL: &str = "gogrid.dev/job-uid";
 /// Label on everything made for one assignment: its name.
 pub const ASSIGNMENT_LABEL: &str = "gogrid.dev/assignment";
+/// Label on result chunks: the node whose agent wrote it; admission compares it with the writer's token.
+pub const NODE_LABEL: &str = "gogrid.dev/node";
 /// Label on ConfigMaps of GoGrid's namespace: `input`, `result`, or `presets`.
 pub const ROLE_LABEL: &str = "gogrid.dev/role";
 /// Label on Nodes that picks one of the preset profiles.
