@@ -78,7 +78,7 @@ impl TryFrom<&ResourceProfileSpec> for Limits {
         if let Some(weight) = cpu.weight {
             return Err(ProfileError::Unsupported { field: "spec.cpu.weight", value: weight.to_string() });
         }
-        if adaptive.mode != AdaptiveMode::Off {
+        if adaptive.mode != AdaptiveMode::Disabled {
             return Err(ProfileError::Unsupported { field: "spec.adaptive.mode", value: format!("{:?}", adaptive.mode) });
         }
         let bytes = |field, quantity: &Option<crate::ByteQuantity>| {

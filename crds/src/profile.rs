@@ -66,7 +66,7 @@ pub enum IoClass {
 }
 
 /// Courtesy of threads at the disk.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct IoLimit {
     /// Scheduling class.
@@ -82,18 +82,24 @@ fn default_io_level() -> i32 {
     4
 }
 
+impl Default for IoLimit {
+    fn default() -> Self {
+        Self { class: IoClass::default(), level: default_io_level() }
+    }
+}
+
 /// What the adaptive law listens to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum AdaptiveMode {
-    /// Nothing: the share is fixed.
+    /// Nothing: the share is fixed. (Not `Off`: unquoted, that is a boolean to YAML 1.1 readers such as kubectl.)
     #[default]
-    Off,
+    Disabled,
     /// Other processes' load on the device.
     ForeignLoad,
 }
 
 /// Yielding to others by itself.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Adaptive {
     /// What it listens to.
@@ -107,6 +113,12 @@ pub struct Adaptive {
     #[serde(default = "default_floor")]
     #[schemars(range(min = 1, max = 100))]
     pub floor_percent: i32,
+}
+
+impl Default for Adaptive {
+    fn default() -> Self {
+        Self { mode: AdaptiveMode::default(), foreign_load_percent: default_foreign(), floor_percent: default_floor() }
+    }
 }
 
 fn hundred() -> i32 {
@@ -206,7 +218,7 @@ pub fn presets() -> [(&'static str, ResourceProfileSpec); 3] {
         cpu: CpuLimit { niceness, weight: None },
         io: IoLimit { class, level: 7 },
         max_batch_size: batch,
-        adaptive: Adaptive { mode: AdaptiveMode::Off, foreign_load_percent: default_foreign(), floor_percent: default_floor() },
+        adaptive: Adaptive { mode: AdaptiveMode::Disabled, foreign_load_percent: default_foreign(), floor_percent: default_floor() },
         node_selector: Some(BTreeMap::from([label])),
         precedence: 0,
     })};

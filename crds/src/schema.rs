@@ -23,6 +23,9 @@ impl schemars::JsonSchema for crate::ByteQuantity {
             "x-kubernetes-int-or-string": true,
             "pattern": "^[0-9]{1,16}(k|M|G|T|Ki|Mi|Gi|Ti)?$",
             "maxLength": 18,
+            // For the integer form: a negative one would make the object unreadable to every watcher.
+            "minimum": 0,
+            "maximum": 9_007_199_254_740_991_i64,
         })
     }
 }

@@ -66,6 +66,50 @@ fn every_string_list_map_and_number_is_bounded_and_every_list_has_a_type() {
     }
 }
 
+fn enum_values(schema: &JSONSchemaProps, into: &mut Vec<String>) {
+    into.extend(schema.enum_.iter().flatten().filter_map(|v| v.0.as_str().map(str::to_owned)));
+    for property in schema.properties.iter().flat_map(|p| p.values()) {
+        enum_values(property, into);
+    }
+    if let Some(JSONSchemaPropsOrArray::Schema(items)) = &schema.items {
+        enum_values(items, into);
+    }
+}
+
+#[test]
+fn no_enum_value_but_a_conditions_status_is_a_boolean_to_a_yaml_1_1_reader() {
+    for crd in gogrid_api::crds() {
+        let mut found = vec![];
+        enum_values(&schema(&crd), &mut found);
+        let words = ["y", "n", "yes", "no", "on", "off", "null", "~"];
+        found.retain(|v| words.contains(&v.to_ascii_lowercase().as_str()));
+        assert!(found.is_empty(), "{}: kubectl reads these unquoted as something else: {found:?}", crd.spec.names.kind);
+    }
+}
+
+fn defaults_break(path: &str, schema: &JSONSchemaProps, found: &mut Vec<String>) {
+    for (name, property) in schema.properties.iter().flatten() {
+        let at = format!("{path}.{name}");
+        if let Some(default) = schema.default.as_ref().and_then(|d| d.0.get(name)) {
+            let below = default.as_f64().zip(property.minimum).is_some_and(|(v, min)| v < min);
+            let other = property.default.as_ref().is_some_and(|own| own.0 != *default);
+            if below || other {
+                found.push(format!("{at}: the object's default says {default}"));
+            }
+        }
+        defaults_break(&at, property, found);
+    }
+}
+
+#[test]
+fn an_absent_object_gets_the_same_values_as_an_empty_one() {
+    for crd in gogrid_api::crds() {
+        let mut found = vec![];
+        defaults_break("", &schema(&crd), &mut found);
+        assert!(found.is_empty(), "{}: {found:#?}", crd.spec.names.kind);
+    }
+}
+
 fn rules<'a>(schema: &'a JSONSchemaProps, into: &mut Vec<(&'a str, &'a str)>) {
     for rule in schema.x_kubernetes_validations.iter().flatten() {
         into.push((&rule.rule, rule.message.as_deref().unwrap_or_default()));
