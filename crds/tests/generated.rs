@@ -3,24 +3,45 @@
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
     CustomResourceDefinition, JSONSchemaProps, JSONSchemaPropsOrArray, JSONSchemaPropsOrBool,
 };
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 fn schema(crd: &CustomResourceDefinition) -> JSONSchemaProps {
     crd.spec.versions[0].schema.clone().unwrap().open_api_v3_schema.unwrap()
 }
 
-#[test]
-fn the_yaml_beside_the_crate_is_what_the_types_say() {
-    for crd in gogrid_api::crds() {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("{}.yaml", crd.spec.names.plural));
-        let wanted = serde_yaml::to_string(&crd).unwrap();
-        #[allow(clippy::disallowed_methods, reason = "UPDATE=1 is this project's switch to rewrite generated files")]
-        if std::env::var("UPDATE").is_ok_and(|v| v == "1") {
-            std::fs::write(&path, &wanted).unwrap();
-        }
-        let found = std::fs::read_to_string(&path).unwrap_or_default();
-        assert_eq!(found, wanted, "{} differs: run UPDATE=1 cargo test -p gogrid-api", path.display());
+/// Compares a generated file with what it should hold; `UPDATE=1` writes it instead.
+fn compare(path: &Path, wanted: &str) {
+    #[allow(clippy::disallowed_methods, reason = "UPDATE=1 is this project's switch to rewrite generated files")]
+    if std::env::var("UPDATE").is_ok_and(|v| v == "1") {
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, wanted).unwrap();
     }
+    let found = std::fs::read_to_string(path).unwrap_or_default();
+    assert_eq!(found, wanted, "{} differs: run UPDATE=1 cargo test -p gogrid-api", path.display());
+}
+
+fn chart_file(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../charts/gogrid/files").join(name)
+}
+
+#[test]
+fn the_yaml_beside_the_crate_and_in_the_chart_is_what_the_types_say() {
+    for crd in gogrid_api::crds() {
+        let name = format!("{}.yaml", crd.spec.names.plural);
+        let wanted = serde_yaml::to_string(&crd).unwrap();
+        compare(&Path::new(env!("CARGO_MANIFEST_DIR")).join(&name), &wanted);
+        compare(&chart_file("crds").join(&name), &wanted);
+    }
+}
+
+#[test]
+fn the_presets_in_the_chart_are_those_that_the_operator_creates() {
+    let documents = gogrid_api::profile::presets().map(|(name, spec)| {
+        let mut profile = serde_json::to_value(gogrid_api::ResourceProfile::new(name, spec)).unwrap();
+        profile["metadata"] = serde_json::json!({ "name": name });
+        serde_yaml::to_string(&profile).unwrap()
+    });
+    compare(&chart_file("presets.yaml"), &documents.join("---\n"));
 }
 
 fn unbounded(path: &str, schema: &JSONSchemaProps, found: &mut Vec<String>) {

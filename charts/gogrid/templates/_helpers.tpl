@@ -1,0 +1,62 @@
+{{- define "gogrid.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 40 | trimSuffix "-" -}}
+{{- end -}}
+
+{{- /* Short enough that every suffix the chart adds stays below 63 characters. */ -}}
+{{- define "gogrid.fullname" -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
+{{- else -}}
+{{- $name := include "gogrid.name" . -}}
+{{- if contains $name .Release.Name -}}
+{{- .Release.Name | trunc 40 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name $name | trunc 40 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "gogrid.operator" -}}{{ include "gogrid.fullname" . }}-operator{{- end -}}
+{{- define "gogrid.agent" -}}{{ include "gogrid.fullname" . }}-agent{{- end -}}
+
+{{- /* The names admission sees. They must be the rendered ones, or a policy silently never matches. */ -}}
+{{- define "gogrid.operatorUser" -}}system:serviceaccount:{{ .Release.Namespace }}:{{ include "gogrid.operator" . }}{{- end -}}
+{{- define "gogrid.agentUser" -}}system:serviceaccount:{{ .Release.Namespace }}:{{ include "gogrid.agent" . }}{{- end -}}
+
+{{- define "gogrid.priorityClass" -}}
+{{- if .Values.priorityClass.name -}}{{ .Values.priorityClass.name }}{{- else -}}{{ include "gogrid.fullname" . }}-guest{{- end -}}
+{{- end -}}
+
+{{- define "gogrid.selector" -}}
+app.kubernetes.io/name: {{ include "gogrid.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{- define "gogrid.labels" -}}
+{{ include "gogrid.selector" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" }}
+{{- end -}}
+
+{{- /* (dict "root" $ "image" .Values.agent.image) */ -}}
+{{- define "gogrid.image" -}}
+{{- $registry := (.root.Values.global).imageRegistry | default "" -}}
+{{- if $registry }}{{ $registry }}/{{ end }}{{ .image.repository -}}
+{{- if .image.digest }}@{{ .image.digest }}{{ else }}:{{ .image.tag | default .root.Chart.AppVersion }}{{ end -}}
+{{- end -}}
+
+{{- define "gogrid.pullSecrets" -}}
+{{- with (.Values.global).imagePullSecrets }}
+imagePullSecrets:
+  {{- range . }}
+  - name: {{ . | quote }}
+  {{- end }}
+{{- end }}
+{{- end -}}
+
+{{- define "gogrid.modelRootArgs" -}}
+{{- range .Values.modelRoots }}
+- --model-root={{ . }}
+{{- end }}
+{{- end -}}
