@@ -1,0 +1,69 @@
+# The two commands: `make demo` and `make test`. `make soak` holds what takes real time.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+CACHE := $(or $(GOGRID_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/gogrid)
+# Outside the clone, so that a fresh clone builds only what differs.
+export CARGO_TARGET_DIR ?= $(CACHE)/target
+# Fault injection is compiled into test builds only.
+FEATURES := gogrid-operator/faults,gogrid-agent/faults
+CARGO_DENY := $(CACHE)/tools/bin/cargo-deny
+CARGO_DENY_VERSION := 0.20.2
+
+say = @printf '\n== [%(%H:%M:%S)T] %s\n' -1 '$(1)'
+
+.PHONY: help demo test soak prepare controlplane build lint unit e2e deny clean
+
+help: ## Say what there is.
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: prepare controlplane ## The main job on this machine: control plane, operator, agents, a job answered on the CPU.
+	$(call say,building GoGrid - first time about 10 minutes)
+	@cargo build --workspace --bins --features $(FEATURES)
+	@"$$CARGO_TARGET_DIR"/debug/demo
+
+test: prepare lint controlplane build unit e2e deny ## Everything that CI runs.
+	$(call say,all of make test has passed)
+
+soak: prepare controlplane build ## What takes real time: full lease constants and long runs. About 30 minutes.
+	@"$$CARGO_TARGET_DIR"/debug/soak
+
+prepare:
+	@tests/prepare.sh
+
+controlplane:
+	$(call say,control plane from pinned Go modules - first time about 15 minutes)
+	@tests/controlplane/build.sh >/dev/null
+
+# --all-targets: one set of features for programs and tests, so that nothing is built twice.
+build:
+	$(call say,building all programs and tests)
+	@cargo build --workspace --all-targets --features $(FEATURES)
+
+lint:
+	$(call say,rustfmt)
+	@cargo fmt --all --check
+	$(call say,clippy on all targets - warnings are errors)
+	@cargo clippy --workspace --all-targets --features $(FEATURES) -- -D warnings
+
+unit:
+	$(call say,unit and property tests)
+	@cargo test --workspace --features $(FEATURES) --lib --bins
+
+e2e:
+	$(call say,end-to-end tests on a real API server)
+	@cargo test --workspace --features $(FEATURES) --test '*' -- --test-threads=1
+
+deny: $(CARGO_DENY)
+	$(call say,licences - bans and sources of all dependencies)
+	@$(CARGO_DENY) --all-features check bans licenses sources
+
+$(CARGO_DENY):
+	$(call say,building cargo-deny $(CARGO_DENY_VERSION) - about 5 minutes)
+	@cargo install cargo-deny --version $(CARGO_DENY_VERSION) --locked --no-default-features --root $(CACHE)/tools --target-dir $(CACHE)/tools/target
+	@rm -rf $(CACHE)/tools/target
+
+clean: ## Remove what was built, control plane binaries included.
+	rm -rf $(CACHE)
