@@ -45,14 +45,29 @@ pub(crate) fn label_map(_: &mut SchemaGenerator) -> Schema {
 }
 
 /// Names used in root rules, and the CEL they stand for: `status` may be absent before the operator's first visit.
-const TERMS: [(&str, &str); 6] = [
+const TERMS: [(&str, &str); 5] = [
     ("EPOCH_NEW", "self.?status.?epoch.orValue(0)"),
     ("EPOCH_OLD", "oldSelf.?status.?epoch.orValue(0)"),
     ("TERM_NEW", "self.?status.?term.orValue(0)"),
     ("TERM_OLD", "oldSelf.?status.?term.orValue(0)"),
-    ("PLACEMENT_NEW", "self.?status.?placement"),
-    ("PLACEMENT_OLD", "oldSelf.?status.?placement"),
+    (
+        "PLACEMENT_STAYS",
+        "(has(self.status) && has(self.status.placement)) == (has(oldSelf.status) && has(oldSelf.status.placement)) && \
+         (!(has(self.status) && has(self.status.placement)) || self.status.placement == oldSelf.status.placement)",
+    ),
 ];
+
+/// Spells out `STAYS(path)`: an optional field is absent on both sides, or the same. Not `self.?a == oldSelf.?a`: the
+/// API server knows no bound of a value behind `.?` and refuses the rule as too costly.
+fn spell_out_stays(rule: &str) -> String {
+    let mut parts = rule.split("STAYS(");
+    let mut text = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        let (path, rest) = part.split_once(')').unwrap_or((part, ""));
+        text += &format!("has(self.{path}) == has(oldSelf.{path}) && (!has(self.{path}) || self.{path} == oldSelf.{path}){rest}");
+    }
+    text
+}
 
 /// The last touch on a derived CRD: kept on uninstall, terms of root rules spelt out, no `null` values, only formats
 /// that the API server knows.
@@ -73,6 +88,7 @@ fn finish_schema(schema: &mut JSONSchemaProps) {
         for (term, cel) in TERMS {
             rule.rule = rule.rule.replace(term, cel);
         }
+        rule.rule = spell_out_stays(&rule.rule);
     }
     for property in schema.properties.iter_mut().flat_map(|p| p.values_mut()) {
         finish_schema(property);
