@@ -9,6 +9,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, ensure};
+use http::HeaderName;
 use kube::Client;
 use kube::api::{Api, DynamicObject, PostParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
@@ -27,6 +28,9 @@ pub const AGENT: &str = "gogrid-agent";
 /// A user who may do everything by RBAC, yet is in no group that admission exempts.
 pub const INTRUDER: &str = "gogrid-intruder";
 
+/// The oldest Kubernetes that the chart supports; without a cluster, helm believes in one of its own making.
+pub const KUBE_VERSION: &str = "--kube-version=1.32.0";
+
 const ACTIVE_WITHIN: Duration = Duration::from_secs(60);
 
 /// The chart's directory.
@@ -44,7 +48,7 @@ pub async fn render_as(name: &str, namespace: &str, values: &Value) -> Result<St
     let mut file = tempfile::NamedTempFile::new()?;
     file.write_all(values.to_string().as_bytes())?;
     let chart = dir();
-    helm(&["template".as_ref(), name.as_ref(), chart.as_os_str(), "--namespace".as_ref(), namespace.as_ref(), "--values".as_ref(), file.path().as_os_str()]).await
+    helm(&["template".as_ref(), name.as_ref(), chart.as_os_str(), KUBE_VERSION.as_ref(), "--namespace".as_ref(), namespace.as_ref(), "--values".as_ref(), file.path().as_os_str()]).await
 }
 
 /// Runs helm without any cluster, reading and writing nothing of the user's home, and returns its standard output.
@@ -110,8 +114,12 @@ pub async fn until_confinement_is(control_plane: &ControlPlane, namespace: &str,
 pub async fn client_as(control_plane: &ControlPlane, user: &str, groups: &[&str]) -> Result<Client> {
     let kubeconfig = Kubeconfig::read_from(control_plane.admin_kubeconfig())?;
     let mut config = kube::Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?;
-    config.auth_info.impersonate = Some(user.to_owned());
-    config.auth_info.impersonate_groups = Some(groups.iter().map(|&group| group.to_owned()).collect());
+    // As headers: kube reads the kubeconfig's own words for this and then ignores them.
+    let named = |name: &'static str, value: &str| Ok::<_, http::header::InvalidHeaderValue>((HeaderName::from_static(name), value.parse()?));
+    config.headers.push(named("impersonate-user", user)?);
+    for group in groups {
+        config.headers.push(named("impersonate-group", group)?);
+    }
     Ok(Client::try_from(config)?)
 }
 
