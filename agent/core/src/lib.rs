@@ -4,5 +4,12 @@
 //! assignment. Must not: read a clock, environment or file, spawn anything, or know kube, tokio or candle. Time comes
 //! in as nanoseconds of CLOCK_BOOTTIME.
 
+pub mod feed;
+pub mod plan;
 pub mod protocol;
+pub mod report;
+pub mod results;
+pub mod session;
+pub mod shares;
 pub mod throttle;
+pub mod vram;

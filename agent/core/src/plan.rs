@@ -1,0 +1,661 @@
+//! What to do next with each assignment.
+//!
+//! Owns: the life of an assignment on this node as a function of what is ordered, what is observed and the time. The
+//! executor carries the steps out without choosing. Must not do I/O, read a clock or touch a worker.
+
+use crate::protocol::WorkerId;
+use crate::session::{Nanos, Standing, check_term, nanos};
+use crate::vram::{Ledger, Shortage};
+use gogrid_api::assignment::{Kind, State};
+use gogrid_api::job::Failure;
+use gogrid_api::{Assignment, Bytes, Millis};
+use std::collections::BTreeMap;
+
+/// How long a worker may take from being ordered to saying hello.
+pub const START_DEADLINE: Millis = Millis(30_000);
+
+/// An assignment as last seen, and what was learnt about it since.
+#[derive(Clone, Debug)]
+pub struct Order {
+    /// The object.
+    pub assignment: Assignment,
+    /// Term of the leader Lease, read after the assignment was first seen.
+    pub leader_term: Option<i64>,
+    /// Why it can't be run whatever is free: its profile can't be enforced.
+    pub obstacle: Option<Failure>,
+}
+
+/// How far a job of this session is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Bytes are reserved.
+    Claimed,
+    /// A header is being read; nothing else will happen.
+    Inspecting,
+    /// The model is being fetched and verified.
+    Fetching,
+    /// The verified model is at hand.
+    Verified,
+    /// The pool was asked for a worker.
+    Starting,
+    /// The worker has said hello.
+    Connected,
+    /// It was told to load.
+    Loading,
+    /// It takes records.
+    Running,
+    /// It was told to drain.
+    Draining,
+    /// It has drained.
+    Drained,
+    /// Over; only the last report may still be on its way.
+    Over,
+}
+
+/// Why a job is being ended other than by its own failure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stopping {
+    /// When the worker is killed at the latest.
+    pub deadline: Nanos,
+}
+
+/// A job of this session as observed.
+#[derive(Clone, Debug)]
+pub struct Job {
+    /// How far it is.
+    pub phase: Phase,
+    /// When that phase began.
+    pub since: Nanos,
+    /// Its worker, until that was reaped.
+    pub worker: Option<WorkerId>,
+    /// Whether the worker was ordered killed.
+    pub killed: bool,
+    /// Set once the job is to stop.
+    pub stopping: Option<Stopping>,
+    /// Set once the job has failed.
+    pub failure: Option<Failure>,
+    /// All records are answered.
+    pub exhausted: bool,
+    /// Answers are not durable yet.
+    pub unsaved: bool,
+    /// A write of answers or facts is on its way.
+    pub saving: bool,
+    /// Its fence has passed since the last renewal that was granted to it.
+    pub fenced: bool,
+    /// Seen in the API, same session, not stopped, after the contact that followed the fence.
+    pub confirmed: bool,
+}
+
+impl Job {
+    /// Just claimed.
+    pub fn new(now: Nanos) -> Self {
+        Self {
+            phase: Phase::Claimed,
+            since: now,
+            worker: None,
+            killed: false,
+            stopping: None,
+            failure: None,
+            exhausted: false,
+            unsaved: false,
+            saving: false,
+            fenced: false,
+            confirmed: false,
+        }
+    }
+}
+
+/// What holds for the whole node.
+#[derive(Clone, Copy, Debug)]
+pub struct Context<'a> {
+    /// CLOCK_BOOTTIME.
+    pub now: Nanos,
+    /// This agent's session.
+    pub session: &'a str,
+    /// What the lease says.
+    pub standing: Standing,
+    /// Whether the pool is connected.
+    pub pool: bool,
+    /// Whether devices, profiles and the Node's labels are known.
+    pub ready: bool,
+    /// Whether the agent is ending, and until when workers may drain.
+    pub shutdown: Option<Nanos>,
+}
+
+/// How a job ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// All records answered.
+    Succeeded,
+    /// Told to.
+    Stopped,
+    /// By a failure.
+    Failed(Failure),
+}
+
+impl Ending {
+    /// The state to report.
+    pub fn state(&self) -> State {
+        match self {
+            Ending::Succeeded => State::Succeeded,
+            Ending::Stopped => State::Stopped,
+            Ending::Failed(_) => State::Failed,
+        }
+    }
+}
+
+/// One thing to do; carried out without choosing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Read the leader Lease's term for this order.
+    ReadTerm(String),
+    /// Read the model's header and report facts.
+    Inspect(String),
+    /// Bytes are reserved: make the job and report Claimed.
+    Claim(String),
+    /// Report an end without ever having begun.
+    Refuse(String, Ending),
+    /// Fetch and verify the model.
+    Fetch(String),
+    /// Ask the pool for a worker.
+    Spawn(String),
+    /// Send Load with the verified model.
+    Load(String),
+    /// Begin to stop: the worker drains if it runs, until the deadline.
+    Stop(String, Nanos),
+    /// Kill its worker.
+    Kill(String),
+    /// Make unsaved answers durable.
+    Save(String),
+    /// Look the assignment up after a contact that followed a fence.
+    Confirm(String),
+    /// Grant, then wake the worker.
+    Continue(String),
+    /// Report the end; bytes go back.
+    Finish(String, Ending),
+    /// Nobody asks for it any more: drop it; bytes go back.
+    Forget(String),
+}
+
+/// What to do now. Reserves bytes for the claims it returns: a check and its effect are one.
+///
+/// `orders` are the assignments for this node; those for other sessions are left alone (the operator raises the
+/// epoch), unless they are deleted. `complete` says that `orders` is a whole list and not the beginning of one.
+pub fn plan(
+    context: &Context<'_>,
+    orders: &BTreeMap<String, Order>,
+    complete: bool,
+    jobs: &BTreeMap<String, Job>,
+    ledger: &mut Ledger,
+) -> Vec<Step> {
+    let mut steps = vec![];
+    for (name, order) in orders {
+        if !jobs.contains_key(name)
+            && let Some(step) = consider(context, name, order, ledger)
+        {
+            steps.push(step);
+        }
+    }
+    for (name, job) in jobs {
+        let order = orders.get(name);
+        let step = if order.is_none() && complete {
+            abandon(name, job)
+        } else {
+            advance(context, name, job, order)
+        };
+        steps.extend(step);
+    }
+    steps
+}
+
+fn consider(context: &Context<'_>, name: &str, order: &Order, ledger: &mut Ledger) -> Option<Step> {
+    let Order {
+        assignment,
+        leader_term,
+        obstacle,
+    } = order;
+    let spec = &assignment.spec;
+    let over = assignment
+        .status
+        .as_ref()
+        .and_then(|s| s.state)
+        .is_some_and(State::is_over);
+    let able = context.ready && context.shutdown.is_none() && context.standing == Standing::Held;
+    if over || !able || spec.session != context.session {
+        return None;
+    }
+    let name = name.to_owned();
+    if spec.stop.is_some() || assignment.metadata.deletion_timestamp.is_some() {
+        return Some(Step::Refuse(name, Ending::Stopped));
+    }
+    let Some(current) = leader_term else {
+        return Some(Step::ReadTerm(name));
+    };
+    let refuse = |reason: &str, message: String, retryable| {
+        Some(Step::Refuse(
+            name.clone(),
+            Ending::Failed(Failure {
+                reason: reason.to_owned(),
+                message,
+                retryable,
+            }),
+        ))
+    };
+    if let Err(stale) = check_term(spec.term, *current) {
+        return refuse("StaleTerm", stale.to_string(), true);
+    }
+    if spec.kind == Kind::Inspect {
+        return Some(Step::Inspect(name));
+    }
+    if let Some(obstacle) = obstacle {
+        return Some(Step::Refuse(name, Ending::Failed(obstacle.clone())));
+    }
+    let [stage] = spec.stages.as_slice() else {
+        let message = format!(
+            "the order names {} devices: this version runs a model on exactly one",
+            spec.stages.len()
+        );
+        return refuse("UnsupportedPlacement", message, false);
+    };
+    let bytes = match stage.vram.bytes() {
+        Ok(Bytes(0)) => {
+            return refuse(
+                "InvalidOrder",
+                "the order reserves no device memory".into(),
+                false,
+            );
+        }
+        Ok(bytes) => bytes,
+        Err(error) => return refuse("InvalidOrder", format!("stages[0].vram: {error}"), false),
+    };
+    match ledger.reserve(&stage.gpu_uuid, &name, bytes) {
+        Ok(()) => Some(Step::Claim(name)),
+        Err(Shortage::Held(_)) => None,
+        Err(shortage @ Shortage::NoDevice(_)) => refuse("NoSuchDevice", shortage.to_string(), true),
+        Err(shortage @ Shortage::TooLittle { .. }) => refuse("InsufficientVRAM", shortage.to_string(), true),
+    }
+}
+
+/// The assignment is gone from the API: its worker goes at once, then the bytes.
+fn abandon(name: &str, job: &Job) -> Option<Step> {
+    match job.worker {
+        Some(_) if job.killed => None,
+        Some(_) => Some(Step::Kill(name.to_owned())),
+        None => Some(Step::Forget(name.to_owned())),
+    }
+}
+
+fn advance(context: &Context<'_>, name: &str, job: &Job, order: Option<&Order>) -> Option<Step> {
+    if job.phase == Phase::Over {
+        return None;
+    }
+    let name = name.to_owned();
+    let now = context.now;
+    let kill = |name: String| (!job.killed).then_some(Step::Kill(name));
+    // An end in whatever way: the worker first, then what it has answered, then the report.
+    let end = |name: String, ending: Ending| match job.worker {
+        Some(_) => kill(name),
+        None if job.saving => None,
+        None if job.unsaved => Some(Step::Save(name)),
+        None => Some(Step::Finish(name, ending)),
+    };
+    if let Some(failure) = &job.failure {
+        return end(name, Ending::Failed(failure.clone()));
+    }
+    if context.standing == Standing::Expired && job.worker.is_some() {
+        return kill(name);
+    }
+    let Some(stopping) = job.stopping else {
+        let spec = order.map(|o| &o.assignment);
+        let grace = spec.and_then(|a| a.spec.stop.as_ref()).map(|s| s.grace_seconds);
+        let deleted = spec.is_some_and(|a| a.metadata.deletion_timestamp.is_some());
+        let grace = grace.map(|s| nanos(Millis(u64::try_from(s).unwrap_or(0).saturating_mul(1000))));
+        let deadline = match (grace, context.shutdown) {
+            (Some(grace), Some(end)) => Some(end.min(now.saturating_add(grace))),
+            (Some(grace), None) => Some(now.saturating_add(grace)),
+            (None, Some(end)) => Some(end),
+            (None, None) => deleted.then_some(now),
+        };
+        return match deadline {
+            Some(deadline) => Some(Step::Stop(name, deadline)),
+            None => run(context, name, job),
+        };
+    };
+    // The agent's own end tightens every deadline.
+    let deadline = context
+        .shutdown
+        .map_or(stopping.deadline, |end| end.min(stopping.deadline));
+    // A fenced worker can't drain: it stands still.
+    let draining = job.phase == Phase::Draining && !job.exhausted && !job.fenced && job.worker.is_some();
+    if draining && now < deadline {
+        None
+    } else {
+        end(name, Ending::Stopped)
+    }
+}
+
+/// A job that nothing ends: its next step forward.
+fn run(context: &Context<'_>, name: String, job: &Job) -> Option<Step> {
+    if job.fenced && job.worker.is_some() {
+        return match (context.standing, job.confirmed) {
+            (Standing::Held, true) => Some(Step::Continue(name)),
+            (Standing::Held, false) => Some(Step::Confirm(name)),
+            (Standing::Unproven | Standing::Fenced | Standing::Expired, _) => None,
+        };
+    }
+    match job.phase {
+        Phase::Claimed => Some(Step::Fetch(name)),
+        Phase::Verified if context.pool && context.standing == Standing::Held => Some(Step::Spawn(name)),
+        Phase::Connected => Some(Step::Load(name)),
+        Phase::Running if job.exhausted => match (job.worker, job.unsaved, job.saving) {
+            (_, _, true) => None,
+            (_, true, false) => Some(Step::Save(name)),
+            (Some(_), false, false) => (!job.killed).then_some(Step::Kill(name)),
+            (None, false, false) => Some(Step::Finish(name, Ending::Succeeded)),
+        },
+        Phase::Starting if context.now >= job.since.saturating_add(nanos(START_DEADLINE)) => {
+            (!job.killed).then_some(Step::Kill(name))
+        }
+        Phase::Verified
+        | Phase::Inspecting
+        | Phase::Fetching
+        | Phase::Starting
+        | Phase::Loading
+        | Phase::Running
+        | Phase::Draining
+        | Phase::Drained
+        | Phase::Over => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use gogrid_api::AssignmentSpec;
+    use serde_json::json;
+
+    const HELD: Context<'static> = Context {
+        now: 100,
+        session: "s",
+        standing: Standing::Held,
+        pool: true,
+        ready: true,
+        shutdown: None,
+    };
+
+    fn order(extra: serde_json::Value) -> Order {
+        let mut spec = json!({
+            "kind": "Run", "job": {"namespace": "n", "name": "j", "uid": "u"}, "epoch": 1, "term": 3,
+            "nodeName": "node", "session": "s", "model": {"uri": "file:///m", "sha256": "00"},
+            "stages": [{"gpuUUID": "cpu", "firstLayer": 0, "lastLayer": 1, "vram": "100"}],
+            "contextTokens": 64, "parallelSequences": 1,
+        });
+        for (key, value) in extra.as_object().unwrap() {
+            spec[key] = value.clone();
+        }
+        let spec: AssignmentSpec = serde_json::from_value(spec).unwrap();
+        Order {
+            assignment: Assignment::new("a", spec),
+            leader_term: Some(3),
+            obstacle: None,
+        }
+    }
+
+    fn ledger() -> Ledger {
+        let mut ledger = Ledger::default();
+        ledger.set_device("cpu", Bytes(150), Bytes(0), Bytes(0));
+        ledger.set_cap("cpu", Bytes(150));
+        ledger
+    }
+
+    fn first(context: &Context<'_>, order: Order) -> Option<Step> {
+        plan(
+            context,
+            &BTreeMap::from([("a".into(), order)]),
+            true,
+            &BTreeMap::new(),
+            &mut ledger(),
+        )
+        .pop()
+    }
+
+    fn next(context: &Context<'_>, extra: serde_json::Value, job: &Job) -> Option<Step> {
+        let orders = BTreeMap::from([("a".to_owned(), order(extra))]);
+        plan(
+            context,
+            &orders,
+            true,
+            &BTreeMap::from([("a".into(), job.clone())]),
+            &mut ledger(),
+        )
+        .pop()
+    }
+
+    fn reason(step: Option<Step>) -> String {
+        match step {
+            Some(Step::Refuse(_, Ending::Failed(failure))) => failure.reason,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn running(worker: Option<u64>) -> Job {
+        Job {
+            phase: Phase::Running,
+            worker,
+            ..Job::new(0)
+        }
+    }
+
+    #[test]
+    fn two_claims_of_one_plan_share_one_ledger() {
+        let orders = BTreeMap::from([("a".into(), order(json!({}))), ("b".into(), order(json!({})))]);
+        let steps = plan(&HELD, &orders, true, &BTreeMap::new(), &mut ledger());
+        assert_eq!(steps[0], Step::Claim("a".into()));
+        assert_eq!(reason(steps.get(1).cloned()), "InsufficientVRAM");
+    }
+
+    #[test]
+    fn orders_for_another_session_or_under_an_earlier_term_start_nothing() {
+        assert_eq!(first(&HELD, order(json!({"session": "old"}))), None);
+        assert_eq!(reason(first(&HELD, order(json!({"term": 2})))), "StaleTerm");
+        let unknown = Order {
+            leader_term: None,
+            ..order(json!({}))
+        };
+        assert_eq!(first(&HELD, unknown), Some(Step::ReadTerm("a".into())));
+    }
+
+    #[test]
+    fn without_a_held_lease_nothing_is_claimed() {
+        for standing in [Standing::Unproven, Standing::Fenced, Standing::Expired] {
+            assert_eq!(first(&Context { standing, ..HELD }, order(json!({}))), None);
+        }
+    }
+
+    #[test]
+    fn an_order_that_is_already_to_stop_is_answered_without_a_start() {
+        let stop = json!({"stop": {"reason": "JobDeleted", "graceSeconds": 1}});
+        assert_eq!(
+            first(&HELD, order(stop)),
+            Some(Step::Refuse("a".into(), Ending::Stopped))
+        );
+    }
+
+    #[test]
+    fn more_than_one_device_is_refused_by_name() {
+        assert_eq!(
+            reason(first(&HELD, order(json!({"stages": []})))),
+            "UnsupportedPlacement"
+        );
+        let gpu = json!({"stages": [{"gpuUUID": "GPU-1", "firstLayer": 0, "lastLayer": 1, "vram": "1"}]});
+        assert_eq!(reason(first(&HELD, order(gpu))), "NoSuchDevice");
+    }
+
+    #[test]
+    fn a_job_goes_from_claim_to_success_one_step_at_a_time() {
+        let mut job = Job::new(0);
+        let at = |job: &Job| next(&HELD, json!({}), job);
+        assert_eq!(at(&job), Some(Step::Fetch("a".into())));
+        job.phase = Phase::Verified;
+        assert_eq!(at(&job), Some(Step::Spawn("a".into())));
+        job.worker = Some(1);
+        job.phase = Phase::Connected;
+        assert_eq!(at(&job), Some(Step::Load("a".into())));
+        job.phase = Phase::Running;
+        assert_eq!(at(&job), None);
+        job.exhausted = true;
+        job.unsaved = true;
+        assert_eq!(at(&job), Some(Step::Save("a".into())));
+        job.saving = true;
+        assert_eq!(at(&job), None);
+        (job.saving, job.unsaved) = (false, false);
+        assert_eq!(at(&job), Some(Step::Kill("a".into())));
+        job.killed = true;
+        assert_eq!(at(&job), None);
+        job.worker = None;
+        assert_eq!(at(&job), Some(Step::Finish("a".into(), Ending::Succeeded)));
+        job.phase = Phase::Over;
+        assert_eq!(at(&job), None);
+    }
+
+    #[test]
+    fn a_stop_drains_then_kills_at_the_deadline_and_saves_before_it_reports() {
+        let stop = json!({"stop": {"reason": "Suspended", "graceSeconds": 1}});
+        let deadline = HELD.now + 1_000_000_000;
+        let mut job = running(Some(1));
+        assert_eq!(
+            next(&HELD, stop.clone(), &job),
+            Some(Step::Stop("a".into(), deadline))
+        );
+        job.stopping = Some(Stopping { deadline });
+        job.phase = Phase::Draining;
+        assert_eq!(next(&HELD, stop.clone(), &job), None);
+        let late = Context {
+            now: deadline,
+            ..HELD
+        };
+        assert_eq!(next(&late, stop.clone(), &job), Some(Step::Kill("a".into())));
+        job.phase = Phase::Drained;
+        assert_eq!(next(&HELD, stop.clone(), &job), Some(Step::Kill("a".into())));
+        job.worker = None;
+        job.unsaved = true;
+        assert_eq!(next(&HELD, stop.clone(), &job), Some(Step::Save("a".into())));
+        job.unsaved = false;
+        assert_eq!(
+            next(&HELD, stop, &job),
+            Some(Step::Finish("a".into(), Ending::Stopped))
+        );
+    }
+
+    #[test]
+    fn a_deleted_assignment_kills_at_once_and_gives_the_bytes_back_after_the_worker_is_gone() {
+        let go = |job: Job| {
+            plan(
+                &HELD,
+                &BTreeMap::new(),
+                true,
+                &BTreeMap::from([("a".into(), job)]),
+                &mut ledger(),
+            )
+            .pop()
+        };
+        assert_eq!(go(running(Some(1))), Some(Step::Kill("a".into())));
+        assert_eq!(
+            go(Job {
+                killed: true,
+                ..running(Some(1))
+            }),
+            None
+        );
+        assert_eq!(go(running(None)), Some(Step::Forget("a".into())));
+        assert_eq!(
+            go(Job {
+                phase: Phase::Over,
+                ..running(None)
+            }),
+            Some(Step::Forget("a".into()))
+        );
+        let half = plan(
+            &HELD,
+            &BTreeMap::new(),
+            false,
+            &BTreeMap::from([("a".into(), running(Some(1)))]),
+            &mut ledger(),
+        );
+        assert_eq!(half, [], "half a list proves nothing");
+    }
+
+    #[test]
+    fn a_fenced_worker_is_continued_only_after_the_api_confirmed_its_order() {
+        let mut job = Job {
+            fenced: true,
+            ..running(Some(1))
+        };
+        assert_eq!(
+            next(
+                &Context {
+                    standing: Standing::Fenced,
+                    ..HELD
+                },
+                json!({}),
+                &job
+            ),
+            None
+        );
+        assert_eq!(next(&HELD, json!({}), &job), Some(Step::Confirm("a".into())));
+        job.confirmed = true;
+        assert_eq!(next(&HELD, json!({}), &job), Some(Step::Continue("a".into())));
+        let expired = Context {
+            standing: Standing::Expired,
+            ..HELD
+        };
+        assert_eq!(next(&expired, json!({}), &job), Some(Step::Kill("a".into())));
+    }
+
+    #[test]
+    fn a_failure_saves_what_was_answered_before_it_is_reported() {
+        let failure = Failure {
+            reason: "WorkerExited".into(),
+            message: "signal 9".into(),
+            retryable: true,
+        };
+        let mut job = Job {
+            failure: Some(failure.clone()),
+            unsaved: true,
+            ..running(None)
+        };
+        assert_eq!(next(&HELD, json!({}), &job), Some(Step::Save("a".into())));
+        job.unsaved = false;
+        assert_eq!(
+            next(&HELD, json!({}), &job),
+            Some(Step::Finish("a".into(), Ending::Failed(failure)))
+        );
+    }
+
+    #[test]
+    fn a_shutdown_stops_everything_and_claims_nothing() {
+        let ending = Context {
+            shutdown: Some(500),
+            ..HELD
+        };
+        assert_eq!(first(&ending, order(json!({}))), None);
+        assert_eq!(
+            next(&ending, json!({}), &running(Some(1))),
+            Some(Step::Stop("a".into(), 500))
+        );
+    }
+
+    #[test]
+    fn a_worker_that_never_says_hello_is_killed() {
+        let job = Job {
+            phase: Phase::Starting,
+            ..running(Some(1))
+        };
+        assert_eq!(next(&HELD, json!({}), &job), None);
+        let late = Context {
+            now: nanos(START_DEADLINE),
+            ..HELD
+        };
+        assert_eq!(next(&late, json!({}), &job), Some(Step::Kill("a".into())));
+    }
+}

@@ -1,0 +1,165 @@
+//! When a node's status is worth a write.
+//!
+//! Owns: the bucketing of memory figures and the pacing of GpuNode writes, so that an idle node is silent. Must not
+//! write anything.
+
+use crate::session::{Nanos, nanos};
+use gogrid_api::node::Device;
+use gogrid_api::{ByteQuantity, Bytes, GpuNodeStatus, LeaseTiming, Millis};
+
+/// Between two writes caused by memory figures.
+pub const MEMORY_EVERY: Millis = Millis(10_000);
+/// Between two writes caused by profiles or enforcement.
+pub const PROFILES_EVERY: Millis = Millis(5_000);
+/// Between two writes of whatever cause.
+pub const WRITE_EVERY: Millis = Millis(1_000);
+
+/// The figure to publish: the old one unless the new differs by max(256 MiB, 5 % of the device).
+pub fn bucketed(old: Option<Bytes>, new: Bytes, total: Bytes) -> Bytes {
+    let step = (256 << 20).max(total.0 / 20);
+    match old {
+        Some(old) if old.0.abs_diff(new.0) < step => old,
+        _ => Bytes(new.0 - new.0 % (1 << 20)),
+    }
+}
+
+/// The devices to publish: as measured, with memory figures that moved too little kept as they were written.
+pub fn bucketed_devices(written: &[Device], mut measured: Vec<Device>) -> Vec<Device> {
+    for device in &mut measured {
+        let old = written.iter().find(|d| d.uuid == device.uuid);
+        let total = device.memory_total.bytes().unwrap_or_default();
+        let kept = |old: Option<&ByteQuantity>, new: &ByteQuantity| {
+            bucketed(
+                old.and_then(|q| q.bytes().ok()),
+                new.bytes().unwrap_or_default(),
+                total,
+            )
+            .into()
+        };
+        device.memory_foreign = kept(old.map(|d| &d.memory_foreign), &device.memory_foreign);
+        device.memory_free = kept(old.map(|d| &d.memory_free), &device.memory_free);
+    }
+    measured
+}
+
+/// What was last written and when.
+#[derive(Clone, Debug, Default)]
+pub struct Pace {
+    written: Option<(GpuNodeStatus, Nanos)>,
+    memory_at: Nanos,
+    profiles_at: Nanos,
+}
+
+impl Pace {
+    /// The status last written.
+    pub fn last(&self) -> Option<&GpuNodeStatus> {
+        self.written.as_ref().map(|(status, _)| status)
+    }
+
+    /// Nothing written is known any more: the object is gone or in doubt.
+    pub fn forget(&mut self) {
+        self.written = None;
+    }
+
+    /// The status was written.
+    pub fn wrote(&mut self, status: GpuNodeStatus, now: Nanos) {
+        if self.last().is_none_or(|w| w.devices != status.devices) {
+            self.memory_at = now;
+        }
+        if self
+            .last()
+            .is_none_or(|w| w.profiles != status.profiles || w.enforcement != status.enforcement)
+        {
+            self.profiles_at = now;
+        }
+        self.written = Some((status, now));
+    }
+
+    /// Whether to write this status now. The heartbeat alone is a reason once per batch interval.
+    pub fn due(&self, status: &GpuNodeStatus, timing: LeaseTiming, now: Nanos) -> bool {
+        let Some((last, at)) = &self.written else {
+            return true;
+        };
+        if now < at.saturating_add(nanos(WRITE_EVERY)) {
+            return false;
+        }
+        let after = |since: Nanos, every: Millis| now >= since.saturating_add(nanos(every));
+        let memory = last.devices != status.devices;
+        let profiles = last.profiles != status.profiles || last.enforcement != status.enforcement;
+        let heartbeat = last.heartbeat != status.heartbeat;
+        let mut rest = status.clone();
+        rest.devices.clone_from(&last.devices);
+        rest.profiles.clone_from(&last.profiles);
+        rest.enforcement.clone_from(&last.enforcement);
+        rest.heartbeat.clone_from(&last.heartbeat);
+        let health = |s: &GpuNodeStatus| {
+            s.devices
+                .iter()
+                .map(|d| (d.uuid.clone(), d.health))
+                .collect::<Vec<_>>()
+        };
+        let ended = last.heartbeat.is_some() && status.heartbeat.is_none();
+        rest != *last
+            || health(last) != health(status)
+            || ended
+            || (memory && after(self.memory_at, MEMORY_EVERY))
+            || (profiles && after(self.profiles_at, PROFILES_EVERY))
+            || (heartbeat && after(*at, timing.heartbeat_batch()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use gogrid_api::node::{Backend, Health};
+
+    fn status(free: u64) -> GpuNodeStatus {
+        let device = Device {
+            uuid: "cpu".into(),
+            name: "CPU".into(),
+            backend: Backend::Cpu,
+            memory_total: Bytes(8 << 30).into(),
+            memory_reserved: Bytes(0).into(),
+            memory_foreign: Bytes(0).into(),
+            memory_free: Bytes(free).into(),
+            compute_capability: None,
+            health: Health::Healthy,
+            message: None,
+        };
+        GpuNodeStatus {
+            devices: vec![device],
+            ..GpuNodeStatus::default()
+        }
+    }
+
+    #[test]
+    fn small_changes_of_memory_are_not_published() {
+        let total = Bytes(8 << 30);
+        let old = Bytes(4 << 30);
+        assert_eq!(bucketed(Some(old), Bytes(old.0 + (400 << 20)), total), old);
+        assert_ne!(bucketed(Some(old), Bytes(old.0 + (420 << 20)), total), old);
+        let kept = bucketed_devices(&status(1 << 30).devices, status((1 << 30) + 4096).devices);
+        assert_eq!(kept, status(1 << 30).devices);
+    }
+
+    #[test]
+    fn an_unchanged_status_is_never_written_again() {
+        let timing = LeaseTiming::default();
+        let mut pace = Pace::default();
+        assert!(pace.due(&status(1), timing, 0));
+        pace.wrote(status(1), 0);
+        assert!(!pace.due(&status(1), timing, u64::MAX));
+    }
+
+    #[test]
+    fn memory_waits_ten_seconds_and_health_does_not() {
+        let timing = LeaseTiming::default();
+        let mut pace = Pace::default();
+        pace.wrote(status(1), 0);
+        assert!(!pace.due(&status(2), timing, 9_999_999_999));
+        assert!(pace.due(&status(2), timing, 10_000_000_000));
+        let mut sick = status(1);
+        sick.devices[0].health = Health::Unhealthy;
+        assert!(pace.due(&sick, timing, 1_000_000_000));
+    }
+}
