@@ -1,0 +1,176 @@
+//! Flags and environment, read once and checked once.
+//!
+//! Owns: every setting of the agent. Must not act on any of them.
+
+use clap::{Args, ValueEnum};
+use gogrid_api::{ByteQuantity, Bytes, LeaseTiming, Millis};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+/// Form of log lines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LogFormat {
+    /// One JSON object a line.
+    Json,
+    /// For people.
+    Text,
+}
+
+/// The agent's flags as they are typed.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Flags {
+    /// Node that this agent serves.
+    #[arg(long, env = "NODE_NAME")]
+    node_name: String,
+    /// GoGrid's own namespace.
+    #[arg(long, env = "POD_NAMESPACE", default_value = "gogrid-system")]
+    namespace: String,
+    /// Directory beneath which `file:` models may lie; may be repeated.
+    #[arg(long)]
+    model_root: Vec<PathBuf>,
+    /// Directory for the cache of models, the socket and the record of processes.
+    #[arg(long)]
+    state_dir: PathBuf,
+    /// Socket on which pool and workers connect; default `<state-dir>/agent.sock`.
+    #[arg(long)]
+    socket: Option<PathBuf>,
+    /// The gogrid-worker program; when given, the agent starts the pool itself, else it waits for one.
+    #[arg(long)]
+    worker_binary: Option<PathBuf>,
+    /// User id of an external pool.
+    #[arg(long, default_value_t = 65_532)]
+    pool_uid: u32,
+    /// Host name or CIDR that http model sources may resolve to although it is private; may be repeated.
+    #[arg(long)]
+    allow_address: Vec<String>,
+    /// Length of the node's Lease in seconds; every other duration of fencing follows from it.
+    #[arg(long, default_value_t = 40)]
+    lease_duration_seconds: u64,
+    /// Memory that models on the CPU leave alone; default max(1 GiB, 10 %).
+    #[arg(long)]
+    cpu_memory_reserve: Option<String>,
+    /// Library to load instead of the driver's NVML.
+    #[arg(long)]
+    nvml_library: Option<PathBuf>,
+    /// Address of /metrics, /healthz and /readyz.
+    #[arg(long, default_value = "127.0.0.1:0")]
+    metrics_addr: SocketAddr,
+    /// Form of log lines.
+    #[arg(long, value_enum, default_value = "json")]
+    log_format: LogFormat,
+    /// Crash point for tests: kill-before=N or kill-after=N.
+    #[cfg(feature = "faults")]
+    #[arg(long)]
+    fault: Option<crate::faults::Fault>,
+}
+
+/// The agent's settings, checked.
+#[derive(Clone, Debug)]
+pub(crate) struct Config {
+    /// Node that this agent serves.
+    pub(crate) node: String,
+    /// GoGrid's own namespace.
+    pub(crate) namespace: String,
+    /// Directories beneath which `file:` models may lie.
+    pub(crate) roots: Vec<PathBuf>,
+    /// Directory for what outlives the process.
+    pub(crate) state_dir: PathBuf,
+    /// Where pool and workers connect.
+    pub(crate) socket: PathBuf,
+    /// Program of the pool, if the agent starts it.
+    pub(crate) worker_binary: Option<PathBuf>,
+    /// User id of the pool.
+    pub(crate) pool_uid: u32,
+    /// Exceptions from the ban on private addresses.
+    pub(crate) allow: Vec<String>,
+    /// Durations of leases and fences.
+    pub(crate) timing: LeaseTiming,
+    /// Memory that models on the CPU leave alone, if said.
+    pub(crate) cpu_reserve: Option<Bytes>,
+    /// NVML library, if not the driver's.
+    pub(crate) nvml: Option<PathBuf>,
+    /// Address of the metrics server.
+    pub(crate) metrics: SocketAddr,
+    /// Form of log lines.
+    pub(crate) log: LogFormat,
+    /// Crash point.
+    #[cfg(feature = "faults")]
+    pub(crate) fault: Option<crate::faults::Fault>,
+}
+
+/// A flag that can't be used.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ConfigError {
+    /// The lease.
+    #[error("--lease-duration-seconds: {0}")]
+    Lease(#[from] gogrid_api::timing::LeaseTimingError),
+    /// The reserve.
+    #[error("--cpu-memory-reserve: {0}")]
+    Reserve(#[from] gogrid_api::quantity::QuantityError),
+    /// The node's name.
+    #[error("--node-name must be 1 to 253 characters long")]
+    NodeName,
+    /// A relative directory would depend on where the agent was started.
+    #[error("--{flag} {path:?} must be an absolute path")]
+    Relative {
+        /// Which flag.
+        flag: &'static str,
+        /// Its value.
+        path: PathBuf,
+    },
+}
+
+impl TryFrom<Flags> for Config {
+    type Error = ConfigError;
+
+    fn try_from(flags: Flags) -> Result<Self, ConfigError> {
+        let Flags {
+            node_name,
+            namespace,
+            model_root,
+            state_dir,
+            socket,
+            worker_binary,
+            pool_uid,
+            allow_address,
+            lease_duration_seconds,
+            cpu_memory_reserve,
+            nvml_library,
+            metrics_addr,
+            log_format,
+            #[cfg(feature = "faults")]
+            fault,
+        } = flags;
+        if node_name.is_empty() || node_name.len() > 253 {
+            return Err(ConfigError::NodeName);
+        }
+        let roots = model_root.iter().map(|p| ("model-root", p));
+        for (flag, path) in roots.chain([("state-dir", &state_dir)]) {
+            if !path.is_absolute() {
+                return Err(ConfigError::Relative {
+                    flag,
+                    path: path.clone(),
+                });
+            }
+        }
+        Ok(Self {
+            node: node_name,
+            namespace,
+            roots: model_root,
+            socket: socket.unwrap_or_else(|| state_dir.join("agent.sock")),
+            state_dir,
+            worker_binary,
+            pool_uid,
+            allow: allow_address,
+            timing: LeaseTiming::from_lease(Millis(lease_duration_seconds.saturating_mul(1000)))?,
+            cpu_reserve: cpu_memory_reserve
+                .map(|text| ByteQuantity(text).bytes())
+                .transpose()?,
+            nvml: nvml_library,
+            metrics: metrics_addr,
+            log: log_format,
+            #[cfg(feature = "faults")]
+            fault,
+        })
+    }
+}

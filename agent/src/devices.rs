@@ -1,0 +1,162 @@
+//! The node's devices as they are measured.
+//!
+//! Owns: the one CPU device, and the list of NVIDIA devices through NVML. Must not bucket, pace or judge figures beyond
+//! a device's health.
+
+use crate::event::{Event, Hub};
+use gogrid_api::names::CPU_DEVICE;
+use gogrid_api::node::{Backend, Device, Health};
+use gogrid_api::{ByteQuantity, Bytes};
+use nvml_wrapper::Nvml;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Between two measurements.
+const EVERY: Duration = Duration::from_secs(2);
+/// Between two measurements through the driver, and two attempts to load it.
+const DRIVER_EVERY: Duration = Duration::from_secs(15);
+const GIB: u64 = 1 << 30;
+
+/// Measures the CPU device for ever.
+pub(crate) async fn measure(reserve: Option<Bytes>, hub: Hub) {
+    loop {
+        match tokio::task::spawn_blocking(move || cpu(reserve)).await {
+            Ok(device) => hub.send(Event::Devices(Backend::Cpu, vec![device])).await,
+            Err(error) => tracing::error!(%error, "measuring the CPU device ended"),
+        }
+        tokio::time::sleep(EVERY).await;
+    }
+}
+
+/// Lists NVIDIA devices for ever; says at least once what there is. A driver that hangs stops this loop only.
+pub(crate) async fn list_nvidia(library: Option<PathBuf>, hub: Hub) {
+    let mut driver: Option<Arc<Nvml>> = None;
+    loop {
+        let (library, loaded) = (library.clone(), driver.take());
+        let listed = tokio::task::spawn_blocking(move || {
+            let driver = loaded.or_else(|| load(library.as_deref()).map(Arc::new));
+            let devices = driver.as_deref().map(nvidia).unwrap_or_default();
+            (driver, devices)
+        });
+        match listed.await {
+            Ok((loaded, devices)) => {
+                driver = loaded;
+                hub.send(Event::Devices(Backend::Cuda, devices)).await;
+            }
+            Err(error) => tracing::error!(%error, "listing NVIDIA devices ended"),
+        }
+        tokio::time::sleep(DRIVER_EVERY).await;
+    }
+}
+
+/// A figure of /proc/meminfo in bytes.
+fn meminfo(text: &str, key: &str) -> u64 {
+    let line = text.lines().find_map(|l| l.strip_prefix(key)?.strip_prefix(':'));
+    let kib = line
+        .and_then(|l| l.split_ascii_whitespace().next())
+        .and_then(|n| n.parse::<u64>().ok());
+    kib.unwrap_or(0).saturating_mul(1024)
+}
+
+/// The lowest memory limit between this process's cgroup and the root.
+fn cgroup_limit() -> Option<u64> {
+    let own = fs::read_to_string("/proc/self/cgroup").ok()?;
+    let path = own
+        .lines()
+        .find_map(|l| l.strip_prefix("0::"))?
+        .trim_matches('/')
+        .to_owned();
+    let mut directory = Path::new("/sys/fs/cgroup").join(path);
+    let mut lowest = None::<u64>;
+    while directory.starts_with("/sys/fs/cgroup") {
+        let limit = fs::read_to_string(directory.join("memory.max")).ok();
+        let limit = limit.and_then(|text| text.trim().parse::<u64>().ok());
+        lowest = match (lowest, limit) {
+            (Some(a), Some(b)) => Some(a.min(b)),
+            (a, b) => a.or(b),
+        };
+        if !directory.pop() {
+            break;
+        }
+    }
+    lowest
+}
+
+fn model_name() -> String {
+    let text = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = text
+        .lines()
+        .find_map(|l| l.strip_prefix("model name")?.split_once(':'));
+    let name: String = name
+        .map_or("CPU", |(_, name)| name.trim())
+        .chars()
+        .take(128)
+        .collect();
+    if name.is_empty() { "CPU".into() } else { name }
+}
+
+fn cpu(reserve: Option<Bytes>) -> Device {
+    let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let machine = meminfo(&text, "MemTotal");
+    let available = meminfo(&text, "MemAvailable");
+    let total = cgroup_limit().map_or(machine, |limit| limit.min(machine));
+    let reserved = reserve
+        .map_or_else(|| GIB.max(total / 10), |Bytes(b)| b)
+        .min(total);
+    Device {
+        uuid: CPU_DEVICE.into(),
+        name: model_name(),
+        backend: Backend::Cpu,
+        memory_total: Bytes(total).into(),
+        memory_reserved: Bytes(reserved).into(),
+        // Raw: everything in use, ours included. The owner takes our workers' part out.
+        memory_foreign: Bytes(machine.saturating_sub(available)).into(),
+        memory_free: Bytes(available.min(total)).into(),
+        compute_capability: None,
+        health: Health::Healthy,
+        message: None,
+    }
+}
+
+fn load(library: Option<&Path>) -> Option<Nvml> {
+    let loaded = match library {
+        Some(path) => Nvml::builder().lib_path(path.as_os_str()).init(),
+        None => Nvml::init(),
+    };
+    loaded.ok()
+}
+
+fn nvidia(driver: &Nvml) -> Vec<Device> {
+    let count = driver.device_count().unwrap_or(0).min(63);
+    (0..count).filter_map(|index| one(driver, index)).collect()
+}
+
+fn one(nvml: &Nvml, index: u32) -> Option<Device> {
+    let device = nvml.device_by_index(index).ok()?;
+    let uuid = device.uuid().ok()?;
+    let (memory, message) = match device.memory_info() {
+        Ok(memory) => (Some(memory), "this build has no CUDA worker".to_owned()),
+        Err(error) => (
+            None,
+            format!("the driver does not answer for this device: {error}"),
+        ),
+    };
+    let bytes = |figure: Option<u64>| ByteQuantity::from(Bytes(figure.unwrap_or(0)));
+    Some(Device {
+        uuid: uuid.chars().take(96).collect(),
+        name: device.name().unwrap_or_default().chars().take(128).collect(),
+        backend: Backend::Cuda,
+        memory_total: bytes(memory.as_ref().map(|m| m.total)),
+        memory_reserved: bytes(Some(0)),
+        memory_foreign: bytes(memory.as_ref().map(|m| m.used)),
+        memory_free: bytes(memory.as_ref().map(|m| m.free)),
+        compute_capability: device
+            .cuda_compute_capability()
+            .ok()
+            .map(|c| format!("{}.{}", c.major, c.minor)),
+        health: Health::Unhealthy,
+        message: Some(message.chars().take(256).collect()),
+    })
+}

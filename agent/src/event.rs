@@ -1,0 +1,141 @@
+//! What the owner of the agent's state is told.
+//!
+//! Owns: the events and the way to the owner. Must not hold state.
+
+use crate::lease::LeaseEvent;
+use crate::link::Link;
+use crate::models::Obtained;
+use gogrid_agent_core::protocol::{FromPool, FromWorker, WorkerId};
+use gogrid_api::assignment::ModelFacts;
+use gogrid_api::effective::NamedProfile;
+use gogrid_api::job::Failure;
+use gogrid_api::node::{Backend, Device, HeldModel};
+use gogrid_api::{Assignment, GpuNodeStatus};
+use std::collections::BTreeMap;
+use tokio::sync::{mpsc, oneshot};
+
+/// What a connecting worker says of itself.
+#[derive(Debug)]
+pub(crate) struct Greeting {
+    /// Which.
+    pub(crate) worker: WorkerId,
+    /// Its proof.
+    pub(crate) nonce: String,
+    /// User it runs as, by the kernel's word.
+    pub(crate) user: u32,
+}
+
+/// A write's outcome: the new resourceVersion, or an error and whether the object is gone.
+pub(crate) type Written = Result<String, WriteFailure>;
+
+/// Why a write failed.
+#[derive(Clone, Debug)]
+pub(crate) struct WriteFailure {
+    /// The object is gone.
+    pub(crate) gone: bool,
+    /// The text.
+    pub(crate) error: String,
+}
+
+/// Something happened.
+pub(crate) enum Event {
+    /// About the node's Lease.
+    Lease(LeaseEvent),
+    /// The list of assignments begins anew.
+    AssignmentsInit,
+    /// An assignment of this node.
+    Assignment(Box<Assignment>),
+    /// The list is whole.
+    AssignmentsComplete,
+    /// An assignment is gone.
+    AssignmentGone(String),
+    /// Looked up: absent when it is gone.
+    Confirmed(String, Option<Box<Assignment>>),
+    /// Term of the leader Lease for an order; `None`: it could not be read.
+    Term(String, Option<i64>),
+    /// All profiles.
+    Profiles(Vec<NamedProfile>),
+    /// The Node's uid and labels.
+    Node(String, BTreeMap<String, String>),
+    /// The GpuNode is gone.
+    GpuNodeGone,
+    /// The GpuNode was written, or not.
+    GpuNodeWritten(Box<GpuNodeStatus>, Result<(), String>),
+    /// The pool connected.
+    PoolHello {
+        /// Workers it still has.
+        alive: Vec<WorkerId>,
+        /// User it runs as, by the kernel's word.
+        user: u32,
+        /// The way to it.
+        link: Link,
+    },
+    /// Its connection ended.
+    PoolLost,
+    /// The pool's process ended and all of its workers with it.
+    PoolEnded,
+    /// From the pool.
+    FromPool(FromPool),
+    /// A worker connected.
+    WorkerHello {
+        /// Who it says it is.
+        greeting: Greeting,
+        /// The way to it.
+        link: Link,
+        /// Whether it is let in.
+        reply: oneshot::Sender<bool>,
+    },
+    /// From a worker.
+    FromWorker {
+        /// Which.
+        worker: WorkerId,
+        /// What.
+        message: FromWorker,
+    },
+    /// A worker's connection ended; why, if it broke the protocol.
+    WorkerLost {
+        /// Which.
+        worker: WorkerId,
+        /// The breach.
+        why: Option<String>,
+    },
+    /// A model was fetched and verified, or not.
+    Obtained(String, Result<Obtained, Failure>),
+    /// A staged input was read; the flag says whether to try again.
+    InputRead(String, usize, Result<String, Failure>),
+    /// A chunk and its checkpoint are durable, or not.
+    Saved(String, Written),
+    /// An assignment's status was written, or not.
+    StatusWritten(String, Written),
+    /// A model's header was read.
+    Inspected(String, Result<ModelFacts, Failure>),
+    /// Models beneath the roots.
+    Models(Vec<HeldModel>),
+    /// All devices of one backend as measured.
+    Devices(Backend, Vec<Device>),
+    /// End in good order.
+    Shutdown,
+}
+
+/// The way to the owner.
+#[derive(Clone)]
+pub(crate) struct Hub(mpsc::Sender<Event>);
+
+impl Hub {
+    /// A hub and its other end.
+    pub(crate) fn new() -> (Self, mpsc::Receiver<Event>) {
+        let (sender, receiver) = mpsc::channel(1024);
+        (Self(sender), receiver)
+    }
+
+    /// Tells the owner; waits while it is behind.
+    pub(crate) async fn send(&self, event: Event) {
+        // A closed channel means that the agent is ending.
+        let _ = self.0.send(event).await;
+    }
+
+    /// The same from a thread.
+    pub(crate) fn send_blocking(&self, event: Event) {
+        let _ = self.0.blocking_send(event);
+    }
+}

@@ -1,0 +1,62 @@
+//! Clients of the API server: no retry layer, and no call without a deadline.
+//!
+//! Owns: how connections are made. A retry beneath a write could repeat it after its meaning has changed, and a call
+//! without a read timeout can wedge for ever; so kube's defaults for both are off. Must not know what is sent.
+
+use crate::config::Config;
+use kube::Client;
+use kube::client::ClientBuilder;
+use std::net::IpAddr;
+use std::time::Duration;
+
+/// Seconds after which the server ends a watch.
+pub(crate) const WATCH_SECONDS: u32 = 120;
+/// Deadline of a call that is neither a watch nor a Lease.
+pub(crate) const CALL: Duration = Duration::from_secs(15);
+
+/// One client per kind of call.
+#[derive(Clone)]
+pub(crate) struct Clients {
+    /// Reads and writes.
+    pub(crate) api: Client,
+    /// Watches.
+    pub(crate) watch: Client,
+    /// The node's Lease, on a connection of its own.
+    pub(crate) lease: Client,
+}
+
+/// Clients of the API server that the environment names, and its addresses.
+pub(crate) async fn connect(config: &Config) -> Result<(Clients, Vec<IpAddr>), kube::Error> {
+    let base = kube::Config::infer().await.map_err(kube::Error::InferConfig)?;
+    let host = base
+        .cluster_url
+        .host()
+        .unwrap_or_default()
+        .trim_matches(['[', ']']);
+    let addresses = crate::addresses(host, base.cluster_url.port_u16().unwrap_or(443)).await;
+    let attempt = Duration::from_millis(config.timing.attempt().0);
+    let client = |read: Duration, connect: Duration| {
+        let mut config = base.clone();
+        config.default_retry = false;
+        config.read_timeout = Some(read);
+        config.write_timeout = Some(read.min(CALL));
+        config.connect_timeout = Some(connect);
+        ClientBuilder::try_from(config)
+    };
+    let api = client(CALL, Duration::from_secs(5))?;
+    #[cfg(feature = "faults")]
+    let api = api.with_layer(&crate::faults::FaultLayer(
+        config.fault,
+        std::sync::Arc::default(),
+    ));
+    let clients = Clients {
+        api: api.build(),
+        watch: client(
+            Duration::from_secs(u64::from(WATCH_SECONDS) + 10),
+            Duration::from_secs(5),
+        )?
+        .build(),
+        lease: client(attempt, attempt)?.build(),
+    };
+    Ok((clients, addresses))
+}

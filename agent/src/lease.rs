@@ -1,0 +1,167 @@
+//! The node's Lease: taken over at the start, renewed for as long as the agent lives.
+//!
+//! Owns: the Lease object and the deadline of every attempt. Must not decide what a late renewal means.
+
+use crate::clock;
+use crate::config::Config;
+use gogrid_agent_core::session::{Nanos, Renewals};
+use gogrid_api::names;
+use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+use kube::api::{ObjectMeta, PostParams};
+use kube::{Api, Client};
+use std::time::Duration;
+use tokio::sync::mpsc;
+
+/// What became of a renewal.
+#[derive(Clone, Debug)]
+pub(crate) enum LeaseEvent {
+    /// It is renewed; the fence counts from when it was sent.
+    Renewed {
+        /// CLOCK_BOOTTIME.
+        sent: Nanos,
+    },
+    /// The attempt failed or ran out of time.
+    Failed {
+        /// Why.
+        error: String,
+    },
+    /// Another session holds the node's Lease: this one must end.
+    Superseded {
+        /// Which.
+        holder: String,
+    },
+}
+
+/// Why an attempt did not renew.
+#[derive(Debug, thiserror::Error)]
+enum RenewError {
+    #[error("{0}")]
+    Api(#[from] kube::Error),
+    #[error("no answer within the attempt's deadline")]
+    Deadline,
+    #[error("session {0} holds the lease")]
+    Superseded(String),
+}
+
+/// The Lease of one node.
+pub(crate) struct Keeper {
+    api: Api<Lease>,
+    name: String,
+    session: String,
+    owner: Option<OwnerReference>,
+    timing: gogrid_api::LeaseTiming,
+    held: Option<Lease>,
+    taken: bool,
+}
+
+impl Keeper {
+    /// Not taken yet.
+    pub(crate) fn new(client: Client, config: &Config, session: &str, owner: Option<OwnerReference>) -> Self {
+        Self {
+            api: Api::namespaced(client, &config.namespace),
+            name: names::node_lease(&config.node),
+            session: session.to_owned(),
+            owner,
+            timing: config.timing,
+            held: None,
+            taken: false,
+        }
+    }
+
+    /// Renews for ever; ends only when another session has taken the Lease or nobody listens.
+    pub(crate) async fn keep(mut self, events: mpsc::Sender<LeaseEvent>) {
+        let mut renewals = Renewals::new(self.timing);
+        loop {
+            clock::until(renewals.next()).await;
+            let attempt = renewals.begin(clock::boottime());
+            let limit = Duration::from_nanos(attempt.deadline.saturating_sub(attempt.sent));
+            let result = tokio::time::timeout(limit, self.renew())
+                .await
+                .unwrap_or(Err(RenewError::Deadline));
+            let event = match result {
+                Ok(()) => {
+                    renewals.succeeded(attempt.sent);
+                    LeaseEvent::Renewed { sent: attempt.sent }
+                }
+                Err(RenewError::Superseded(holder)) => {
+                    let _ = events.send(LeaseEvent::Superseded { holder }).await;
+                    return;
+                }
+                Err(error @ (RenewError::Api(_) | RenewError::Deadline)) => {
+                    renewals.failed();
+                    LeaseEvent::Failed {
+                        error: error.to_string(),
+                    }
+                }
+            };
+            if events.send(event).await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// One compare-and-swap. The first one takes the Lease from whatever session held it; a later one gives way.
+    async fn renew(&mut self) -> Result<(), RenewError> {
+        // Whatever goes wrong below, nobody knows what is stored: the next attempt looks first.
+        let before = match self.held.take() {
+            Some(lease) => Some(lease),
+            None => self.look().await?,
+        };
+        let written = match self.write(before.as_ref()).await {
+            Err(kube::Error::Api(status)) if self.taken && matches!(status.code, 404 | 409) => {
+                let now = self.look().await?;
+                self.write(now.as_ref()).await?
+            }
+            other => other?,
+        };
+        self.taken = true;
+        self.held = Some(written);
+        Ok(())
+    }
+
+    /// The stored Lease; an error when it has been taken from this session.
+    async fn look(&self) -> Result<Option<Lease>, RenewError> {
+        let lease = self.api.get_opt(&self.name).await?;
+        let holder = lease
+            .as_ref()
+            .and_then(|l| l.spec.as_ref())
+            .and_then(|s| s.holder_identity.clone());
+        match holder.filter(|holder| self.taken && *holder != self.session) {
+            Some(holder) => Err(RenewError::Superseded(holder)),
+            None => Ok(lease),
+        }
+    }
+
+    async fn write(&self, before: Option<&Lease>) -> Result<Lease, kube::Error> {
+        let old = before.and_then(|l| l.spec.clone()).unwrap_or_default();
+        let same = old.holder_identity.as_deref() == Some(&self.session);
+        let now = clock::wall_micros();
+        let transitions = old.lease_transitions.unwrap_or(0);
+        let seconds = i32::try_from(self.timing.lease().0 / 1000).unwrap_or(i32::MAX);
+        let lease = Lease {
+            metadata: ObjectMeta {
+                name: Some(self.name.clone()),
+                resource_version: before.and_then(|l| l.metadata.resource_version.clone()),
+                owner_references: self.owner.clone().map(|o| vec![o]),
+                ..ObjectMeta::default()
+            },
+            spec: Some(LeaseSpec {
+                acquire_time: old.acquire_time.filter(|_| same).or_else(|| Some(now.clone())),
+                holder_identity: Some(self.session.clone()),
+                lease_duration_seconds: Some(seconds),
+                lease_transitions: Some(if same {
+                    transitions
+                } else {
+                    transitions.saturating_add(1)
+                }),
+                renew_time: Some(now),
+                ..LeaseSpec::default()
+            }),
+        };
+        match before {
+            Some(_) => self.api.replace(&self.name, &PostParams::default(), &lease).await,
+            None => self.api.create(&PostParams::default(), &lease).await,
+        }
+    }
+}

@@ -1,0 +1,322 @@
+//! Profiles in force: limits and shares on their way to workers, and their way back as read back.
+//!
+//! Owns: what each worker may take now, and since when the node's profile is in force. Must not know the profiles'
+//! meaning beyond `effective_profile`.
+
+use super::Owner;
+use crate::clock;
+use gogrid_agent_core::plan::Phase;
+use gogrid_agent_core::protocol::{IoPriority, ToWorker, WorkerLimits};
+use gogrid_agent_core::session::{Nanos, Standing, nanos};
+use gogrid_agent_core::shares::{Claim, batch_each, divide, permille};
+use gogrid_api::effective::{EffectiveProfile, EffectiveProfileError, Limits};
+use gogrid_api::job::Failure;
+use gogrid_api::names::CPU_DEVICE;
+use gogrid_api::node::ProfileInForce;
+use gogrid_api::profile::IoClass;
+use gogrid_api::{Bytes, effective_profile};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// How long a share lasts.
+const SHARE_NANOS: Nanos = 1_000_000_000;
+/// Between two grants that nothing else causes.
+const GRANT_NANOS: Nanos = 240_000_000;
+
+impl Owner {
+    /// What a job with that profile may take here; the node's own where its profile can't be read.
+    fn effective(&self, job_profile: Option<&str>) -> Result<EffectiveProfile, EffectiveProfileError> {
+        let labels = self.labels.clone().unwrap_or_default();
+        effective_profile(self.profiles.as_deref().unwrap_or_default(), &labels, job_profile)
+    }
+
+    /// The node's own ceiling; the built-in conservative one where the governing profile can't be enforced.
+    pub(super) fn ceiling(&self) -> Option<EffectiveProfile> {
+        let none = BTreeMap::new();
+        self.effective(None)
+            .or_else(|_| effective_profile(&[], &none, None))
+            .ok()
+    }
+
+    /// Why a job with that profile can't be run here.
+    pub(super) fn obstacle(&self, job_profile: Option<&str>) -> Option<Failure> {
+        self.profiles.as_ref()?;
+        let error = self.effective(job_profile).err()?;
+        let reason = match error {
+            EffectiveProfileError::NotFound(_) => "ProfileNotFound",
+            EffectiveProfileError::Invalid { .. } => "InvalidProfile",
+        };
+        Some(Failure {
+            reason: reason.into(),
+            message: error.to_string(),
+            retryable: true,
+        })
+    }
+
+    /// Profiles or labels have changed.
+    pub(super) fn profiles_changed(&mut self) {
+        let names: Vec<(String, Option<String>)> = self
+            .orders
+            .iter()
+            .map(|(n, o)| (n.clone(), o.assignment.spec.profile_name.clone()))
+            .collect();
+        for (name, profile) in names {
+            let obstacle = self.obstacle(profile.as_deref());
+            if let Some(order) = self.orders.get_mut(&name) {
+                order.obstacle = obstacle;
+            }
+        }
+        self.set_caps();
+        self.push_limits();
+        self.limits_applied();
+    }
+
+    /// Devices were measured: totals, foreign use and caps follow.
+    pub(super) fn measured(&mut self) {
+        for device in &self.cpu {
+            let of = |quantity: &gogrid_api::ByteQuantity| quantity.bytes().unwrap_or_default();
+            let (total, reserved) = (of(&device.memory_total), of(&device.memory_reserved));
+            let foreign = Bytes(
+                of(&device.memory_foreign)
+                    .0
+                    .saturating_sub(self.used_by_workers(&device.uuid).0),
+            );
+            self.ledger.set_device(&device.uuid, total, reserved, foreign);
+        }
+        self.set_caps();
+    }
+
+    /// Memory that our workers really hold on a device, as far as it is known; never more than they reserved.
+    pub(super) fn used_by_workers(&self, device: &str) -> Bytes {
+        let on = self
+            .work
+            .iter()
+            .filter(|(name, w)| w.device == device && self.workers.values().any(|n| n == *name));
+        on.fold(Bytes(0), |sum, (_, w)| {
+            sum.saturating_add(Bytes(w.usage.peak_bytes).min(w.bytes))
+        })
+    }
+
+    fn set_caps(&mut self) {
+        let Some(effective) = self.ceiling() else { return };
+        for device in &self.cpu {
+            let total = device.memory_total.bytes().unwrap_or_default();
+            let reserved = device.memory_reserved.bytes().unwrap_or_default();
+            self.ledger
+                .set_cap(&device.uuid, effective.ceiling.vram_cap(total, reserved));
+            let gauge = |kind: &str, Bytes(bytes): Bytes| {
+                let gauge = self
+                    .tools
+                    .metrics
+                    .memory
+                    .with_label_values(&[device.uuid.as_str(), kind]);
+                gauge.set(i64::try_from(bytes).unwrap_or(i64::MAX));
+            };
+            gauge("cap", self.ledger.cap(&device.uuid));
+            gauge("reserved", self.ledger.held(&device.uuid));
+            gauge("free", self.ledger.free(&device.uuid));
+        }
+    }
+
+    /// First limits of a job.
+    pub(super) fn set_limits(&mut self, name: &str) {
+        let profile = self.work.get(name).and_then(|w| w.spec.profile_name.clone());
+        let effective = self.effective(profile.as_deref()).ok();
+        if let Some(work) = self.work.get_mut(name) {
+            work.effective = effective;
+        }
+        self.push_limits();
+    }
+
+    /// Sends every worker its limits where they differ from those it has.
+    pub(super) fn push_limits(&mut self) {
+        let live = |owner: &Self, name: &str| {
+            owner
+                .jobs
+                .get(name)
+                .is_some_and(|j| !matches!(j.phase, Phase::Over | Phase::Inspecting))
+        };
+        let names: Vec<String> = self.work.keys().filter(|n| live(self, n)).cloned().collect();
+        let mut on_device: BTreeMap<String, usize> = BTreeMap::new();
+        for work in names.iter().filter_map(|n| self.work.get(n)) {
+            *on_device.entry(work.device.clone()).or_default() += 1;
+        }
+        for name in names {
+            let profile = self.work.get(&name).and_then(|w| w.spec.profile_name.clone());
+            // A profile deleted under a running job leaves it with the limits it has.
+            let effective = self.effective(profile.as_deref()).ok();
+            let threads = self.tools.threads;
+            let Some(work) = self.work.get_mut(&name) else {
+                continue;
+            };
+            if let Some(effective) = effective {
+                work.effective = Some(effective);
+            }
+            let Some(effective) = &work.effective else {
+                continue;
+            };
+            let workers = on_device.get(&work.device).copied().unwrap_or(1);
+            let threads = if work.device == CPU_DEVICE {
+                batch_each(threads, workers)
+            } else {
+                1
+            };
+            let sequences = u16::try_from(work.spec.parallel_sequences).unwrap_or(1).max(1);
+            let batch = batch_each(effective.limits.max_batch, workers).min(sequences);
+            let generation = work.limits.as_ref().map_or(1, |l| l.generation);
+            let mut limits = worker_limits(&effective.limits, generation, batch, threads);
+            if work.limits.as_ref() == Some(&limits) {
+                continue;
+            }
+            if work.limits.is_some() {
+                limits.generation = generation.saturating_add(1);
+            }
+            if let Some(link) = &work.link {
+                let _ = link.worker(&ToWorker::Limits(limits.clone()));
+            }
+            work.limits = Some(limits);
+        }
+    }
+
+    /// Whether every worker was read back with its limits, and if so: since now, the profiles are in force.
+    pub(super) fn limits_applied(&mut self) {
+        let Some(node) = self
+            .ceiling()
+            .filter(|_| self.profiles.is_some() && self.labels.is_some())
+        else {
+            return;
+        };
+        let pending = self.work.values().any(|w| {
+            let sent = w.limits.as_ref().map(|l| l.generation);
+            w.link.is_some() && w.applied.as_ref().map(|a| a.generation) != sent
+        });
+        if pending {
+            return;
+        }
+        let mut wanted = node.sources.clone();
+        let jobs: BTreeSet<(String, i64)> = self
+            .work
+            .values()
+            .filter(|w| w.link.is_some())
+            .filter_map(|w| w.effective.as_ref())
+            .flat_map(|e| e.sources.clone())
+            .collect();
+        wanted.extend(jobs.into_iter().filter(|source| !node.sources.contains(source)));
+        wanted.truncate(64);
+        let now = clock::wall();
+        let old = std::mem::take(&mut self.in_force);
+        self.in_force = wanted
+            .into_iter()
+            .map(|(name, generation)| {
+                let since = old.iter().find(|p| p.name == name && p.generation == generation);
+                let effective_at = since.map_or_else(|| now.clone(), |p| p.effective_at.clone());
+                ProfileInForce {
+                    name,
+                    generation,
+                    effective_at,
+                }
+            })
+            .collect();
+    }
+
+    /// Grants when the last grants grow old.
+    pub(super) fn grant(&mut self, now: Nanos) {
+        if now >= self.granted_at.saturating_add(GRANT_NANOS) || self.shares_moved() {
+            self.grant_now(now);
+        }
+    }
+
+    fn shares(&self) -> Vec<(String, u16)> {
+        let mut by_device: BTreeMap<&str, Vec<(u64, &String, Claim)>> = BTreeMap::new();
+        for (name, work) in &self.work {
+            let Some(job) = self.jobs.get(name) else { continue };
+            let (Some(worker), Some(effective), true) = (job.worker, &work.effective, work.link.is_some())
+            else {
+                continue;
+            };
+            let loading = matches!(job.phase, Phase::Connected | Phase::Loading);
+            let active = !job.killed && (loading || work.feed.outstanding() > 0);
+            let claim = Claim {
+                worker,
+                most: permille(effective.limits.compute_percent),
+                active,
+            };
+            by_device
+                .entry(&work.device)
+                .or_default()
+                .push((worker, name, claim));
+        }
+        let Some(node) = self.ceiling() else { return vec![] };
+        let ceiling = permille(node.ceiling.compute_percent);
+        let mut shares = vec![];
+        for claims in by_device.values() {
+            let only: Vec<Claim> = claims.iter().map(|(_, _, c)| *c).collect();
+            let mut divided = divide(ceiling, &only);
+            // Those that shrink come first, so that no moment sees more than the ceiling.
+            divided.sort_by_key(|(_, share)| *share);
+            for (worker, share) in divided {
+                if let Some((_, name, _)) = claims.iter().find(|(w, _, _)| *w == worker) {
+                    shares.push(((*name).clone(), share));
+                }
+            }
+        }
+        shares
+    }
+
+    fn shares_moved(&self) -> bool {
+        self.shares()
+            .iter()
+            .any(|(name, share)| self.work.get(name).is_some_and(|w| w.share != *share))
+    }
+
+    /// Fence and share to every worker, for as long as the lease is held.
+    pub(super) fn grant_now(&mut self, now: Nanos) {
+        self.granted_at = now;
+        let Some(fence_at) = self
+            .renewals
+            .fence_at()
+            .filter(|_| self.renewals.standing(now) == Standing::Held)
+        else {
+            return;
+        };
+        let mut total: BTreeMap<String, i64> = self.ledger.devices().map(|d| (d.to_owned(), 0)).collect();
+        for (name, share) in self.shares() {
+            let stopped = self.jobs.get(&name).is_some_and(|j| j.fenced && !j.confirmed);
+            let Some(work) = self.work.get_mut(&name).filter(|_| !stopped) else {
+                continue;
+            };
+            let expires_at = now.saturating_add(SHARE_NANOS);
+            if let Some(link) = &work.link {
+                // A worker that does not read loses its share and, in the end, its fence: nothing to add here.
+                let _ = link.worker(&ToWorker::Grant {
+                    fence_at,
+                    share_permille: share,
+                    expires_at,
+                });
+            }
+            work.share = share;
+            *total.entry(work.device.clone()).or_default() += i64::from(share);
+        }
+        for (device, share) in total {
+            self.tools
+                .metrics
+                .share
+                .with_label_values(&[device.as_str()])
+                .set(share);
+        }
+    }
+}
+
+fn worker_limits(limits: &Limits, generation: u64, max_batch: u16, threads: u16) -> WorkerLimits {
+    WorkerLimits {
+        generation,
+        niceness: limits.niceness.0,
+        io: match limits.io_class {
+            IoClass::None => IoPriority::None,
+            IoClass::BestEffort => IoPriority::BestEffort(limits.io_level),
+            IoClass::Idle => IoPriority::Idle,
+        },
+        max_batch,
+        request_interval: nanos(limits.request_interval),
+        threads,
+    }
+}

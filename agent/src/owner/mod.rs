@@ -1,0 +1,249 @@
+//! The one task that holds the agent's state.
+//!
+//! Owns: orders, jobs, ledger, profiles, workers, and the loop: take an event, plan, carry the steps out, feed the
+//! workers, write what changed. Everything that waits runs elsewhere and comes back as an event. Must not wait itself.
+
+mod events;
+mod feeding;
+mod limits;
+mod node;
+mod steps;
+mod work;
+mod workers;
+
+use crate::api::Calls;
+use crate::clock;
+use crate::config::Config;
+use crate::event::{Event, Hub};
+use crate::link::Link;
+use crate::metrics::Metrics;
+use crate::models::Models;
+use crate::previous::Processes;
+use gogrid_agent_core::plan::{Context, Job, Order, Phase, plan};
+use gogrid_agent_core::protocol::WorkerId;
+use gogrid_agent_core::report::Pace;
+use gogrid_agent_core::session::{Nanos, Renewals, Standing};
+use gogrid_agent_core::vram::Ledger;
+use gogrid_api::GpuNodeStatus;
+use gogrid_api::effective::NamedProfile;
+use gogrid_api::node::{Device, HeldModel, ProfileInForce};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot};
+use work::Work;
+
+/// How often the loop comes round by itself: shares expire after four of these.
+const TICK: Duration = Duration::from_millis(250);
+/// Events taken before the next plan.
+const BATCH: usize = 256;
+/// Rounds of planning after one batch of events.
+const ROUNDS: usize = 16;
+/// How long workers may drain when the agent is told to end.
+const SHUTDOWN_NANOS: Nanos = 3_000_000_000;
+/// How long last reports may take after that.
+const REPORT_NANOS: Nanos = 4_000_000_000;
+
+/// Why the agent ends.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum End {
+    /// It was told to, and everything is reported.
+    #[error("told to end")]
+    Told,
+    /// Another session has taken the node's Lease.
+    #[error("session {0} has taken the node's Lease")]
+    Superseded(String),
+}
+
+/// The pool as connected.
+struct Pool {
+    link: Link,
+    user: u32,
+}
+
+/// What the owner works with.
+pub(crate) struct Tools {
+    /// Settings.
+    pub(crate) config: Config,
+    /// This session.
+    pub(crate) session: String,
+    /// The way back.
+    pub(crate) hub: Hub,
+    /// The API server.
+    pub(crate) calls: Calls,
+    /// Models.
+    pub(crate) models: Models,
+    /// Metrics.
+    pub(crate) metrics: Arc<Metrics>,
+    /// Record of processes, where the agent starts the pool itself.
+    pub(crate) processes: Option<Arc<Mutex<Processes>>>,
+    /// Logical processors.
+    pub(crate) threads: u16,
+    /// Lets the Lease be taken, once an external pool holds nothing of an old session.
+    pub(crate) clear: Option<oneshot::Sender<()>>,
+}
+
+/// The state.
+pub(crate) struct Owner {
+    tools: Tools,
+    renewals: Renewals,
+    renewed_at: Option<Time>,
+    shutdown: Option<Nanos>,
+    orders: BTreeMap<String, Order>,
+    asked: BTreeSet<String>,
+    listing: Option<BTreeSet<String>>,
+    complete: bool,
+    jobs: BTreeMap<String, Job>,
+    work: BTreeMap<String, Work>,
+    ledger: Ledger,
+    profiles: Option<Vec<NamedProfile>>,
+    labels: Option<BTreeMap<String, String>>,
+    node_uid: Option<String>,
+    in_force: Vec<ProfileInForce>,
+    cpu: Vec<Device>,
+    cuda: Option<Vec<Device>>,
+    models: Option<Vec<HeldModel>>,
+    pool: Option<Pool>,
+    strangers: BTreeSet<WorkerId>,
+    workers: BTreeMap<WorkerId, String>,
+    next_worker: WorkerId,
+    last_start: BTreeMap<String, Nanos>,
+    wake: Option<Nanos>,
+    granted_at: Nanos,
+    pace: Pace,
+    status: GpuNodeStatus,
+    node_writing: bool,
+    node_ensure: bool,
+    node_retry_at: Nanos,
+    end: Option<End>,
+}
+
+impl Owner {
+    /// Nothing known yet.
+    pub(crate) fn new(tools: Tools) -> Self {
+        let renewals = Renewals::new(tools.config.timing);
+        Self {
+            tools,
+            renewals,
+            renewed_at: None,
+            shutdown: None,
+            orders: BTreeMap::new(),
+            asked: BTreeSet::new(),
+            listing: None,
+            complete: false,
+            jobs: BTreeMap::new(),
+            work: BTreeMap::new(),
+            ledger: Ledger::default(),
+            profiles: None,
+            labels: None,
+            node_uid: None,
+            in_force: vec![],
+            cpu: vec![],
+            cuda: None,
+            models: None,
+            pool: None,
+            strangers: BTreeSet::new(),
+            workers: BTreeMap::new(),
+            next_worker: 1,
+            last_start: BTreeMap::new(),
+            wake: None,
+            granted_at: 0,
+            pace: Pace::default(),
+            status: GpuNodeStatus::default(),
+            node_writing: false,
+            node_ensure: true,
+            node_retry_at: 0,
+            end: None,
+        }
+    }
+
+    /// Runs until the agent ends.
+    pub(crate) async fn run(mut self, mut events: mpsc::Receiver<Event>) -> End {
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            let wake = self.wake.take().unwrap_or(Nanos::MAX);
+            let first = tokio::select! {
+                event = events.recv() => event,
+                _ = tick.tick() => None,
+                () = clock::until(wake) => None,
+            };
+            self.tools.metrics.looped();
+            let now = clock::boottime();
+            self.notice_fence(now);
+            if let Some(event) = first {
+                self.take(event, now);
+            }
+            for _ in 0..BATCH {
+                let Ok(event) = events.try_recv() else { break };
+                self.take(event, now);
+            }
+            self.settle();
+            let now = clock::boottime();
+            self.grant(now);
+            self.feed(now);
+            self.settle();
+            self.flush(now);
+            self.flush_node(now);
+            if let Some(end) = self.ended(now) {
+                return end;
+            }
+        }
+    }
+
+    fn context(&self, now: Nanos) -> Context<'_> {
+        Context {
+            now,
+            session: &self.tools.session,
+            standing: self.renewals.standing(now),
+            pool: self.pool.is_some(),
+            ready: self.profiles.is_some() && self.labels.is_some() && !self.cpu.is_empty(),
+            shutdown: self.shutdown,
+        }
+    }
+
+    /// Plans and carries out until nothing is left to do for now.
+    fn settle(&mut self) {
+        for _ in 0..ROUNDS {
+            let now = clock::boottime();
+            self.observe(now);
+            let mut ledger = std::mem::take(&mut self.ledger);
+            let steps = plan(
+                &self.context(now),
+                &self.orders,
+                self.complete,
+                &self.jobs,
+                &mut ledger,
+            );
+            self.ledger = ledger;
+            let mut moved = false;
+            for step in steps {
+                moved |= self.carry_out(step, now);
+            }
+            if !moved {
+                return;
+            }
+        }
+    }
+
+    /// Marks every worker whose fence has passed.
+    fn notice_fence(&mut self, now: Nanos) {
+        if matches!(self.renewals.standing(now), Standing::Fenced | Standing::Expired) {
+            for job in self.jobs.values_mut().filter(|j| j.worker.is_some() && !j.fenced) {
+                job.fenced = true;
+                job.confirmed = false;
+            }
+        }
+    }
+
+    fn ended(&mut self, now: Nanos) -> Option<End> {
+        if let Some(end) = self.end.take() {
+            return Some(end);
+        }
+        let deadline = self.shutdown?;
+        let quiet =
+            self.jobs.values().all(|j| j.phase == Phase::Over) && self.work.values().all(Work::reported);
+        (quiet || now >= deadline.saturating_add(REPORT_NANOS)).then_some(End::Told)
+    }
+}

@@ -1,0 +1,239 @@
+//! The GpuNode: what this agent says of its node.
+//!
+//! Owns: the status as it should read and the moment it is written. Must not measure or enforce anything.
+
+use super::{Owner, workers};
+use crate::clock;
+use crate::event::Event;
+use gogrid_agent_core::plan::Phase;
+use gogrid_agent_core::protocol::Readback;
+use gogrid_agent_core::report::bucketed_devices;
+use gogrid_agent_core::session::{Nanos, Standing};
+use gogrid_api::condition::set_condition;
+use gogrid_api::effective::Limits;
+use gogrid_api::names::{CPU_DEVICE, node_lease};
+use gogrid_api::node::{Device, Enforcement, Heartbeat, RunningProgress};
+use gogrid_api::profile::IoClass;
+use gogrid_api::{Bytes, Condition, ConditionStatus, GpuNodeStatus};
+use std::collections::BTreeMap;
+
+const RETRY_NANOS: Nanos = 1_000_000_000;
+
+impl Owner {
+    pub(super) fn node_changed(&mut self, uid: String, labels: BTreeMap<String, String>) {
+        if self.node_uid.as_ref() != Some(&uid) {
+            self.node_ensure |= self.node_uid.is_some();
+            self.node_uid = Some(uid);
+            self.pace.forget();
+        }
+        if self.labels.as_ref() != Some(&labels) {
+            self.labels = Some(labels);
+            self.profiles_changed();
+        }
+    }
+
+    pub(super) fn node_written(&mut self, status: GpuNodeStatus, result: Result<(), String>, now: Nanos) {
+        self.node_writing = false;
+        let label = if result.is_ok() { "ok" } else { "failed" };
+        self.tools
+            .metrics
+            .writes
+            .with_label_values(&["gpunode", label])
+            .inc();
+        match result {
+            Ok(()) => {
+                self.node_ensure = false;
+                self.pace.wrote(status, now);
+            }
+            Err(error) => {
+                tracing::warn!(error, "the GpuNode was not written");
+                self.node_ensure = true;
+                self.node_retry_at = now.saturating_add(RETRY_NANOS);
+            }
+        }
+    }
+
+    /// Writes the GpuNode if it is worth it. The session is published only under a held lease.
+    pub(super) fn flush_node(&mut self, now: Nanos) {
+        let known =
+            self.profiles.is_some() && self.labels.is_some() && !self.cpu.is_empty() && self.cuda.is_some();
+        let held = self.renewals.standing(now) == Standing::Held;
+        if self.node_writing || !known || !held || self.models.is_none() || now < self.node_retry_at {
+            return;
+        }
+        self.refresh(now);
+        if !self.pace.due(&self.status, self.tools.config.timing, now) {
+            return;
+        }
+        self.node_writing = true;
+        let (calls, hub, status) = (
+            self.tools.calls.clone(),
+            self.tools.hub.clone(),
+            self.status.clone(),
+        );
+        let ensure = self.node_ensure;
+        tokio::spawn(async move {
+            let result = calls
+                .gpu_node_status(&status, ensure)
+                .await
+                .map_err(|e| e.to_string());
+            hub.send(Event::GpuNodeWritten(Box::new(status), result)).await;
+        });
+    }
+
+    fn refresh(&mut self, now: Nanos) {
+        let written = self.pace.last().map(|s| s.devices.clone()).unwrap_or_default();
+        let mut devices = bucketed_devices(&written, self.cpu_devices());
+        devices.extend(bucketed_devices(&written, self.cuda.clone().unwrap_or_default()));
+        let models = self.models.clone().unwrap_or_default();
+        let mut conditions = std::mem::take(&mut self.status.conditions);
+        set_condition(&mut conditions, self.ready());
+        self.status = GpuNodeStatus {
+            conditions,
+            session: self.tools.session.clone(),
+            agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+            devices,
+            enforcement: self.enforcement(),
+            profiles: self.in_force.clone(),
+            model_count: models.len().to_string(),
+            models,
+            heartbeat: self.heartbeat(now),
+        };
+    }
+
+    /// The CPU device with our workers' memory taken out of what others use.
+    fn cpu_devices(&self) -> Vec<Device> {
+        let adjust = |device: &Device| {
+            let mut device = device.clone();
+            let ours = self.used_by_workers(&device.uuid);
+            let used = device.memory_foreign.bytes().unwrap_or_default();
+            device.memory_foreign = used.saturating_sub(ours).into();
+            device
+        };
+        self.cpu.iter().map(adjust).collect()
+    }
+
+    fn ready(&self) -> Condition {
+        let (status, reason, message) = if self.pool.is_some() {
+            (
+                ConditionStatus::True,
+                "AgentReady",
+                "the agent holds its lease and has its pool of workers",
+            )
+        } else {
+            (
+                ConditionStatus::False,
+                "NoPool",
+                "the pool of workers is not connected",
+            )
+        };
+        Condition {
+            type_: "Ready".into(),
+            status,
+            reason: reason.into(),
+            message: message.into(),
+            observed_generation: 1,
+            last_transition_time: clock::wall(),
+        }
+    }
+
+    fn heartbeat(&self, now: Nanos) -> Option<Heartbeat> {
+        let live = |name: &String| {
+            self.jobs
+                .get(name)
+                .is_some_and(|j| matches!(j.phase, Phase::Running | Phase::Draining | Phase::Drained))
+        };
+        let running: Vec<RunningProgress> = self
+            .work
+            .iter()
+            .filter(|(name, _)| live(name))
+            .take(256)
+            .map(|(name, work)| RunningProgress {
+                assignment: name.clone(),
+                progress: work.feed.progress(work.running_for(now)),
+            })
+            .collect();
+        let renewed_at = self.renewed_at.clone().filter(|_| !running.is_empty())?;
+        Some(Heartbeat {
+            lease: node_lease(&self.tools.config.node),
+            renewed_at,
+            running,
+        })
+    }
+
+    fn enforcement(&self) -> Vec<Enforcement> {
+        let Some(effective) = self.ceiling() else {
+            return vec![];
+        };
+        let readbacks: Vec<&Readback> = self
+            .work
+            .values()
+            .filter(|w| w.link.is_some())
+            .filter_map(|w| w.applied.as_ref())
+            .collect();
+        rows(&effective.ceiling, self.ledger.cap(CPU_DEVICE), &readbacks)
+    }
+}
+
+/// One row per limit: what the profile asks for, what was read back, by which means.
+fn rows(limits: &Limits, cap: Bytes, readbacks: &[&Readback]) -> Vec<Enforcement> {
+    let idle = || "nothing runs".to_owned();
+    let row = |limit: &str, requested: String, effective: String, mechanism: &str| Enforcement {
+        limit: limit.into(),
+        requested,
+        effective,
+        mechanism: mechanism.into(),
+    };
+    let asked_io = match limits.io_class {
+        IoClass::None => "None".to_owned(),
+        IoClass::BestEffort => format!("BestEffort/{}", limits.io_level),
+        IoClass::Idle => "Idle".to_owned(),
+    };
+    let nice = readbacks
+        .iter()
+        .map(|r| r.niceness)
+        .min()
+        .map_or_else(idle, |n| n.to_string());
+    let io = readbacks.first().map_or_else(idle, |r| workers::io_text(r.io));
+    let interval = readbacks.iter().map(|r| r.request_interval).min();
+    let interval = interval.map_or_else(idle, |n| format!("{} ms", n / 1_000_000));
+    let batch: u32 = readbacks.iter().map(|r| u32::from(r.max_batch)).sum();
+    let batch = if readbacks.is_empty() {
+        idle()
+    } else {
+        batch.to_string()
+    };
+    vec![
+        row(
+            "vram",
+            format!("{} %", limits.vram_percent.0),
+            format!("{cap} on cpu"),
+            "ledger, capped arena, RLIMIT_DATA",
+        ),
+        row(
+            "compute",
+            format!("{} %", limits.compute_percent.0),
+            format!("{} %", limits.compute_percent.0),
+            "expiring grants, billed by CPU time",
+        ),
+        row(
+            "requestInterval",
+            format!("{} ms", limits.request_interval.0),
+            interval,
+            "request gate per device",
+        ),
+        row(
+            "niceness",
+            limits.niceness.0.to_string(),
+            nice,
+            "setpriority on every thread, autogroup",
+        ),
+        row("io", asked_io, io, "ioprio_set on every thread"),
+        row(
+            "batch",
+            limits.max_batch.to_string(),
+            batch,
+            "sequences per decode step",
+        ),
+    ]
+}

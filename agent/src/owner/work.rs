@@ -1,0 +1,103 @@
+//! What the executor keeps of one job beside what the plan looks at.
+//!
+//! Owns: records, model, link, limits and the status that is to be written. Must not decide what comes next.
+
+use crate::api::Target;
+use crate::link::Link;
+use gogrid_agent_core::feed::Feed;
+use gogrid_agent_core::protocol::{Readback, Usage, WorkerLimits};
+use gogrid_agent_core::session::Nanos;
+use gogrid_api::effective::EffectiveProfile;
+use gogrid_api::{Assignment, AssignmentStatus, Bytes};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+/// One job's belongings.
+pub(crate) struct Work {
+    /// Which assignment.
+    pub(crate) target: Target,
+    /// The order's spec.
+    pub(crate) spec: gogrid_api::AssignmentSpec,
+    /// Its records.
+    pub(crate) feed: Feed,
+    /// Its one device.
+    pub(crate) device: String,
+    /// Bytes reserved there.
+    pub(crate) bytes: Bytes,
+    /// The verified model.
+    pub(crate) model: Option<Arc<OwnedFd>>,
+    /// What its worker must say; used once.
+    pub(crate) nonce: Option<String>,
+    /// The way to its worker.
+    pub(crate) link: Option<Link>,
+    /// What it may take.
+    pub(crate) effective: Option<EffectiveProfile>,
+    /// Limits last sent.
+    pub(crate) limits: Option<WorkerLimits>,
+    /// Limits last read back.
+    pub(crate) applied: Option<Readback>,
+    /// Share last granted, in permille.
+    pub(crate) share: u16,
+    /// Counters of the worker.
+    pub(crate) usage: Usage,
+    /// When the model was loaded.
+    pub(crate) loaded_at: Option<Nanos>,
+    /// Kills for want of memory on this machine when the worker was started.
+    pub(crate) oom_kills: u64,
+    /// The status to be written.
+    pub(crate) status: AssignmentStatus,
+    /// The status last written.
+    pub(crate) written: Option<AssignmentStatus>,
+    /// The one on its way.
+    pub(crate) writing: Option<AssignmentStatus>,
+    /// No sooner than this.
+    pub(crate) retry_at: Nanos,
+    /// The assignment is gone: nothing can be reported any more.
+    pub(crate) gone: bool,
+}
+
+impl Work {
+    /// For an assignment that has just been taken up.
+    pub(crate) fn new(assignment: &Assignment) -> Self {
+        let metadata = &assignment.metadata;
+        let spec = assignment.spec.clone();
+        let stage = spec.stages.first();
+        Self {
+            target: Target {
+                name: metadata.name.clone().unwrap_or_default(),
+                uid: metadata.uid.clone().unwrap_or_default(),
+                job_uid: spec.job.uid.clone(),
+                resource_version: metadata.resource_version.clone().unwrap_or_default(),
+            },
+            feed: Feed::new(&spec.job.uid, &spec.inputs, &spec.skip),
+            device: stage.map(|s| s.gpu_uuid.clone()).unwrap_or_default(),
+            bytes: stage.and_then(|s| s.vram.bytes().ok()).unwrap_or_default(),
+            spec,
+            model: None,
+            nonce: None,
+            link: None,
+            effective: None,
+            limits: None,
+            applied: None,
+            share: 0,
+            usage: Usage::default(),
+            loaded_at: None,
+            oom_kills: 0,
+            status: AssignmentStatus::default(),
+            written: None,
+            writing: None,
+            retry_at: 0,
+            gone: false,
+        }
+    }
+
+    /// Whether nothing waits to be written.
+    pub(crate) fn reported(&self) -> bool {
+        self.gone || (self.writing.is_none() && self.written.as_ref() == Some(&self.status))
+    }
+
+    /// Time since the model was loaded.
+    pub(crate) fn running_for(&self, now: Nanos) -> Nanos {
+        self.loaded_at.map_or(0, |at| now.saturating_sub(at))
+    }
+}

@@ -1,0 +1,208 @@
+//! Processes of this agent, written down so that the next session can make sure they are gone.
+//!
+//! Owns: the record in the state directory, and ending what it names. A process id alone proves nothing: its start
+//! time must match. Must not end anything else.
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use serde::{Deserialize, Serialize};
+use std::fs;
+use std::io::{self, Write as _};
+use std::path::{Path, PathBuf};
+
+/// How long a killed process may take to go.
+const GONE_SECONDS: i64 = 10;
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct Listed {
+    boot: String,
+    processes: Vec<Process>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Process {
+    pid: i32,
+    start: u64,
+}
+
+/// The record of one session.
+#[derive(Debug)]
+pub(crate) struct Processes {
+    path: PathBuf,
+    listed: Listed,
+}
+
+/// Why it is not certain that the old session's processes are gone.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum PreviousError {
+    /// The record.
+    #[error("record of processes {path:?}: {source}")]
+    Record {
+        /// Where.
+        path: PathBuf,
+        /// What.
+        source: io::Error,
+    },
+    /// A process outlived its SIGKILL.
+    #[error("process {0} of an earlier session is still there {GONE_SECONDS} s after SIGKILL")]
+    StillThere(i32),
+    /// A call failed.
+    #[error("process {pid} of an earlier session: {source}")]
+    Call {
+        /// Which.
+        pid: i32,
+        /// What.
+        source: io::Error,
+    },
+}
+
+/// Start time of a process in clock ticks since boot, if it is there and no zombie.
+fn start_time(pid: i32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
+    if fields.next() == Some("Z") {
+        None
+    } else {
+        fields.nth(18)?.parse().ok()
+    }
+}
+
+impl Processes {
+    /// Ends what an earlier session left behind and begins an empty record. Returns how many were ended.
+    pub(crate) fn take_over(state_dir: &Path, boot: &str) -> Result<(Self, usize), PreviousError> {
+        let path = state_dir.join("processes.json");
+        let failed = |source| PreviousError::Record {
+            path: path.clone(),
+            source,
+        };
+        let old: Listed = match fs::read(&path) {
+            Ok(bytes) => serde_json::from_slice(&bytes).unwrap_or_default(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Listed::default(),
+            Err(error) => return Err(failed(error)),
+        };
+        let mut ended = 0;
+        if old.boot == boot {
+            for process in old.processes {
+                ended += usize::from(end(process)?);
+            }
+        }
+        let record = Self {
+            path: path.clone(),
+            listed: Listed {
+                boot: boot.to_owned(),
+                processes: vec![],
+            },
+        };
+        record.write().map_err(failed)?;
+        Ok((record, ended))
+    }
+
+    /// Adds a process; it must be running.
+    pub(crate) fn add(&mut self, pid: u32) -> io::Result<()> {
+        let Some((pid, start)) = i32::try_from(pid)
+            .ok()
+            .and_then(|pid| Some((pid, start_time(pid)?)))
+        else {
+            return Ok(());
+        };
+        self.listed
+            .processes
+            .retain(|p| start_time(p.pid) == Some(p.start));
+        self.listed.processes.push(Process { pid, start });
+        self.write()
+    }
+
+    /// Ends all of this session's processes: the pool is gone, so must its workers be.
+    pub(crate) fn end_all(&mut self) -> Result<(), PreviousError> {
+        for process in std::mem::take(&mut self.listed.processes) {
+            end(process)?;
+        }
+        self.write().map_err(|source| PreviousError::Record {
+            path: self.path.clone(),
+            source,
+        })
+    }
+
+    fn write(&self) -> io::Result<()> {
+        let next = self.path.with_extension("next");
+        let mut file = fs::File::create(&next)?;
+        file.write_all(&serde_json::to_vec(&self.listed)?)?;
+        file.sync_all()?;
+        fs::rename(next, &self.path)
+    }
+}
+
+fn end(Process { pid, start }: Process) -> Result<bool, PreviousError> {
+    let failed = |error: rustix::io::Errno| PreviousError::Call {
+        pid,
+        source: error.into(),
+    };
+    let Some(id) = Pid::from_raw(pid) else {
+        return Ok(false);
+    };
+    let fd = match pidfd_open(id, PidfdFlags::empty()) {
+        Ok(fd) => fd,
+        Err(rustix::io::Errno::SRCH) => return Ok(false),
+        Err(error) => return Err(failed(error)),
+    };
+    // Looked at only after the descriptor is held: the id can't be reused any more.
+    if start_time(pid) != Some(start) {
+        return Ok(false);
+    }
+    match pidfd_send_signal(&fd, Signal::KILL) {
+        Ok(()) | Err(rustix::io::Errno::SRCH) => {}
+        Err(error) => return Err(failed(error)),
+    }
+    let mut waiting = [PollFd::new(&fd, PollFlags::IN)];
+    match poll(
+        &mut waiting,
+        Some(&Timespec {
+            tv_sec: GONE_SECONDS,
+            tv_nsec: 0,
+        }),
+    )
+    .map_err(failed)?
+    {
+        0 => Err(PreviousError::StillThere(pid)),
+        _ => Ok(true),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_of_the_old_session_is_gone_before_the_new_record_begins() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut child = std::process::Command::new("sleep").arg("600").spawn().unwrap();
+        let (mut record, ended) = Processes::take_over(dir.path(), "boot").unwrap();
+        assert_eq!(ended, 0);
+        record.add(child.id()).unwrap();
+        let (_, ended) = Processes::take_over(dir.path(), "boot").unwrap();
+        assert_eq!(ended, 1);
+        assert!(!child.wait().unwrap().success());
+    }
+
+    #[test]
+    fn a_reused_process_id_and_an_earlier_boot_are_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut child = std::process::Command::new("sleep").arg("600").spawn().unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        for (boot, start) in [("boot", 1), ("earlier", start_time(pid).unwrap())] {
+            let listed = Listed {
+                boot: boot.into(),
+                processes: vec![Process { pid, start }],
+            };
+            fs::write(
+                dir.path().join("processes.json"),
+                serde_json::to_vec(&listed).unwrap(),
+            )
+            .unwrap();
+            assert_eq!(Processes::take_over(dir.path(), "boot").unwrap().1, 0);
+        }
+        assert!(child.try_wait().unwrap().is_none());
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+}

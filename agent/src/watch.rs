@@ -1,0 +1,149 @@
+//! What the agent watches: its assignments, the profiles, its Node and its GpuNode.
+//!
+//! Owns: the four watches, each restarted with backoff and each ended by the server within two minutes. A malformed
+//! object never stops the others. Must not act on what it sees.
+
+use crate::config::Config;
+use crate::event::{Event, Hub};
+use crate::kube_client::{Clients, WATCH_SECONDS};
+use futures::{Stream, StreamExt as _, TryStreamExt as _};
+use gogrid_api::effective::NamedProfile;
+use gogrid_api::{Assignment, GpuNode, ResourceProfile};
+use k8s_openapi::api::core::v1::Node;
+use kube::core::DeserializeGuard;
+use kube::runtime::WatchStreamExt as _;
+use kube::runtime::watcher::{self, Event as Seen, watcher};
+use kube::{Api, Resource, ResourceExt as _};
+use std::collections::BTreeMap;
+use std::fmt::Debug;
+use std::pin::pin;
+
+fn stream<K>(api: Api<K>, fields: &str) -> impl Stream<Item = Seen<K>> + Send + use<K>
+where
+    K: Resource + Clone + serde::de::DeserializeOwned + Debug + Send + 'static,
+{
+    let config = watcher::Config::default().timeout(WATCH_SECONDS).fields(fields);
+    watcher(api, config)
+        .default_backoff()
+        .inspect_err(|error| tracing::warn!(%error, "a watch broke and is begun again"))
+        .filter_map(|seen| std::future::ready(seen.ok()))
+}
+
+/// Starts all four.
+pub(crate) fn start(clients: &Clients, config: &Config, hub: &Hub) -> Vec<tokio::task::JoinHandle<()>> {
+    let client = || clients.watch.clone();
+    vec![
+        tokio::spawn(assignments(
+            stream(
+                Api::namespaced(client(), &config.namespace),
+                &format!("spec.nodeName={}", config.node),
+            ),
+            hub.clone(),
+        )),
+        tokio::spawn(profiles(stream(Api::all(client()), ""), hub.clone())),
+        tokio::spawn(node(
+            stream(Api::all(client()), &format!("metadata.name={}", config.node)),
+            hub.clone(),
+        )),
+        tokio::spawn(gpu_node(
+            stream(Api::all(client()), &format!("metadata.name={}", config.node)),
+            hub.clone(),
+        )),
+    ]
+}
+
+async fn assignments(stream: impl Stream<Item = Seen<DeserializeGuard<Assignment>>>, hub: Hub) {
+    let mut stream = pin!(stream);
+    let whole = |DeserializeGuard(object): DeserializeGuard<Assignment>| match object {
+        Ok(assignment) => Some(assignment),
+        Err(invalid) => {
+            let name = invalid.metadata.name.unwrap_or_default();
+            tracing::error!(
+                assignment = name,
+                error = invalid.error,
+                "assignment can't be read and is left alone"
+            );
+            None
+        }
+    };
+    while let Some(seen) = stream.next().await {
+        let event = match seen {
+            Seen::Init => Some(Event::AssignmentsInit),
+            Seen::InitApply(object) | Seen::Apply(object) => {
+                whole(object).map(|a| Event::Assignment(Box::new(a)))
+            }
+            Seen::InitDone => Some(Event::AssignmentsComplete),
+            Seen::Delete(object) => Some(Event::AssignmentGone(object.name_any())),
+        };
+        if let Some(event) = event {
+            hub.send(event).await;
+        }
+    }
+}
+
+async fn profiles(stream: impl Stream<Item = Seen<DeserializeGuard<ResourceProfile>>>, hub: Hub) {
+    let mut stream = pin!(stream);
+    let (mut known, mut complete) = (BTreeMap::new(), false);
+    while let Some(seen) = stream.next().await {
+        match seen {
+            Seen::Init => {
+                known.clear();
+                complete = false;
+            }
+            Seen::InitDone => complete = true,
+            Seen::Delete(object) => {
+                known.remove(&object.name_any());
+            }
+            Seen::InitApply(object) | Seen::Apply(object) => match object.0 {
+                Ok(profile) => {
+                    let (name, generation) = (profile.name_any(), profile.metadata.generation.unwrap_or(0));
+                    known.insert(
+                        name.clone(),
+                        NamedProfile {
+                            name,
+                            generation,
+                            spec: profile.spec,
+                        },
+                    );
+                }
+                Err(invalid) => tracing::error!(error = invalid.error, "a profile can't be read"),
+            },
+        }
+        if complete {
+            hub.send(Event::Profiles(known.values().cloned().collect())).await;
+        }
+    }
+}
+
+async fn node(stream: impl Stream<Item = Seen<Node>>, hub: Hub) {
+    let mut stream = pin!(stream);
+    while let Some(seen) = stream.next().await {
+        if let Seen::InitApply(node) | Seen::Apply(node) = seen {
+            let uid = node.metadata.uid.unwrap_or_default();
+            hub.send(Event::Node(uid, node.metadata.labels.unwrap_or_default()))
+                .await;
+        }
+    }
+}
+
+async fn gpu_node(stream: impl Stream<Item = Seen<DeserializeGuard<GpuNode>>>, hub: Hub) {
+    let mut stream = pin!(stream);
+    let mut there = false;
+    while let Some(seen) = stream.next().await {
+        let gone = match seen {
+            Seen::Init => {
+                there = false;
+                false
+            }
+            Seen::InitApply(_) | Seen::Apply(_) => {
+                there = true;
+                false
+            }
+            Seen::InitDone => !there,
+            Seen::Delete(_) => true,
+        };
+        if gone {
+            hub.send(Event::GpuNodeGone).await;
+        }
+    }
+}
