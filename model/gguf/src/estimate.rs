@@ -32,7 +32,7 @@ pub struct Backend {
     pub overhead_bytes: u64,
     /// Most tokens that go through the layers in one step (the prompt chunk).
     pub batch_tokens: u32,
-    /// Whether F16 and BF16 matrices are widened to F32 when loaded. Candle's CPU `QMatMul` does that.
+    /// Whether F16 and BF16 matrices are widened to F32 when loaded. The CPU engine does that.
     pub widens_half: bool,
 }
 
