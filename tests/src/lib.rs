@@ -1,1 +1,9 @@
 //! Scenarios, fault sweeps and end-to-end tests of GoGrid.
+//!
+//! Owns: what more than one test needs: a real control plane, child processes that never outlive the test, and the one
+//! way of waiting. Must not: hold a rule of GoGrid itself; the programs under test have those.
+
+pub mod controlplane;
+pub mod process;
+mod sys;
+pub mod wait;

@@ -1,0 +1,99 @@
+//! Who wrote what and when, from the API server's audit log.
+
+use anyhow::{Context as _, Result};
+use jiff::Timestamp;
+use serde::Deserialize;
+
+use super::ControlPlane;
+
+/// One finished write request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AuditEvent {
+    /// When the API server answered.
+    pub at: Timestamp,
+    /// The user's full name, such as `system:serviceaccount:<namespace>:<name>`.
+    pub user: String,
+    /// `create`, `update`, `patch`, `delete` or `deletecollection`.
+    pub verb: String,
+    /// API group; empty for the core group.
+    pub group: String,
+    /// Plural resource name.
+    pub resource: String,
+    /// Such as `status`; empty for the object itself.
+    pub subresource: String,
+    /// Empty for what belongs to the whole cluster.
+    pub namespace: String,
+    /// Empty where the request did not name the object.
+    pub name: String,
+    /// HTTP status of the answer.
+    pub code: u16,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Line {
+    stage_timestamp: Timestamp,
+    stage: String,
+    verb: String,
+    user: User,
+    object_ref: Option<ObjectRef>,
+    response_status: Option<ResponseStatus>,
+}
+
+#[derive(Deserialize)]
+struct User {
+    #[serde(default)]
+    username: String,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct ObjectRef {
+    api_group: String,
+    resource: String,
+    subresource: String,
+    namespace: String,
+    name: String,
+}
+
+#[derive(Deserialize)]
+struct ResponseStatus {
+    #[serde(default)]
+    code: u16,
+}
+
+impl ControlPlane {
+    /// The writes that the API server answered from `since` up to, not including, `until`, refused ones too, in the
+    /// log's order. A write is in the log before its sender has the answer.
+    pub fn audit_writes(&self, since: Timestamp, until: Timestamp) -> Result<Vec<AuditEvent>> {
+        let path = self.layout.audit_log();
+        let log = std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+        // The last line may be half written; only what ends in a newline is whole.
+        let whole = log.rsplit_once('\n').map_or("", |(whole, _rest)| whole);
+        let mut events = Vec::new();
+        for line in whole.lines() {
+            let line: Line = serde_json::from_str(line).with_context(|| format!("audit log line {line:?}"))?;
+            if line.stage != "ResponseComplete" || line.stage_timestamp < since || line.stage_timestamp >= until {
+                continue;
+            }
+            let object = line.object_ref.unwrap_or_default();
+            events.push(AuditEvent {
+                at: line.stage_timestamp,
+                user: line.user.username,
+                verb: line.verb,
+                group: object.api_group,
+                resource: object.resource,
+                subresource: object.subresource,
+                namespace: object.namespace,
+                name: object.name,
+                code: line.response_status.map_or(0, |status| status.code),
+            });
+        }
+        Ok(events)
+    }
+
+    /// Now, by the clock that also stamps the audit log.
+    pub fn now(&self) -> Timestamp {
+        Timestamp::now()
+    }
+}
