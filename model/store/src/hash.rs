@@ -57,16 +57,15 @@ pub(crate) fn hash_file(file: &File, progress: &Progress, cancel: &Cancel) -> Re
         .metadata()
         .map_err(StoreError::io("inspecting the model"))?
         .len();
-    // No readahead: it would make pages appear cached that only this read wanted.
-    advise(file, 0, None, Advice::Random);
     let mut hasher = sha2::Sha256::new();
     let mut buffer = vec![0_u8; CHUNK];
     let mut bytes = 0_u64;
+    let mut way = Way::DropBehind;
     let outcome = loop {
         if let Err(cancelled) = cancel.check() {
             break Err(cancelled);
         }
-        match read_chunk(file, &mut buffer, bytes) {
+        match read_chunk(file, &mut buffer, bytes, &mut way) {
             Ok([]) => break Ok(()),
             Ok(chunk) => {
                 hasher.update(chunk);
@@ -81,42 +80,72 @@ pub(crate) fn hash_file(file: &File, progress: &Progress, cancel: &Cancel) -> Re
             }
         }
     };
-    advise(file, 0, None, Advice::Normal);
+    if way == Way::Probe {
+        advise(file, 0, None, Advice::Normal);
+    }
     outcome.map(|()| Hashed {
         digest: Sha256::finish(hasher),
         bytes,
     })
 }
 
+/// How to leave the page cache alone, best first. A file system that refuses one way is read the next.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// `RWF_DONTCACHE` (Linux 6.14): the kernel drops what this read, readahead included, brought in.
+    DropBehind,
+    /// Ask what is there without waiting, and drop the rest after reading it. Without readahead, which would make pages
+    /// appear cached that only this read wanted; still, a file cached in part may stay cached beyond that part.
+    Probe,
+    /// Neither is known: an ordinary read.
+    Plain,
+}
+
+/// `RWF_DONTCACHE`, which rustix does not name.
+const DONTCACHE: ReadWriteFlags = ReadWriteFlags::from_bits_retain(0x80);
+
 /// Reads up to a buffer full at `offset`; empty at the end of the file.
-fn read_chunk<'a>(file: &File, buffer: &'a mut [u8], offset: u64) -> std::io::Result<&'a [u8]> {
-    // What this gives without waiting was in the cache already. File systems without it (EOPNOTSUPP) give nothing.
-    let cached = match preadv2(
-        file,
-        &mut [IoSliceMut::new(buffer)],
-        offset,
-        ReadWriteFlags::NOWAIT,
-    ) {
-        Ok(count) => Some(count),
-        Err(Errno::AGAIN) => Some(0),
-        Err(_) => None,
+fn read_chunk<'a>(
+    file: &File,
+    buffer: &'a mut [u8],
+    offset: u64,
+    way: &mut Way,
+) -> std::io::Result<&'a [u8]> {
+    let count = loop {
+        let flags = match *way {
+            Way::DropBehind => DONTCACHE,
+            Way::Probe => ReadWriteFlags::NOWAIT,
+            Way::Plain => ReadWriteFlags::empty(),
+        };
+        match (preadv2(file, &mut [IoSliceMut::new(buffer)], offset, flags), *way) {
+            (Ok(count), _) => break count,
+            (Err(Errno::INTR), _) => {}
+            (Err(Errno::AGAIN), Way::Probe) => break read_and_drop(file, buffer, offset)?,
+            (Err(_), Way::DropBehind) => {
+                advise(file, 0, None, Advice::Random);
+                *way = Way::Probe;
+            }
+            (Err(_), Way::Probe) => {
+                advise(file, 0, None, Advice::Normal);
+                *way = Way::Plain;
+            }
+            (Err(errno), Way::Plain) => return Err(errno.into()),
+        }
     };
-    if let Some(count) = cached.filter(|count| *count > 0) {
-        return Ok(buffer.get(..count).unwrap_or_default());
-    }
+    Ok(buffer.get(..count).unwrap_or_default())
+}
+
+fn read_and_drop(file: &File, buffer: &mut [u8], offset: u64) -> std::io::Result<usize> {
     let count = loop {
         match file.read_at(buffer, offset) {
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
             result => break result?,
         }
     };
-    if cached.is_some() {
-        let length = u64::try_from(count).ok().and_then(NonZeroU64::new);
-        if length.is_some() {
-            advise(file, offset, length, Advice::DontNeed);
-        }
+    if let Some(length) = u64::try_from(count).ok().and_then(NonZeroU64::new) {
+        advise(file, offset, Some(length), Advice::DontNeed);
     }
-    Ok(buffer.get(..count).unwrap_or_default())
+    Ok(count)
 }
 
 /// Advice is only advice: a file system that does not take it is no error.
