@@ -1,0 +1,99 @@
+//! Flags, read once.
+//!
+//! Owns: raw flags → validated configuration.
+
+use clap::{Parser, ValueEnum};
+use gogrid_api::timing::LeaseTimingError;
+use gogrid_api::{LeaseTiming, Millis};
+use std::net::SocketAddr;
+
+/// Form of log lines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LogFormat {
+    /// One JSON object a line.
+    Json,
+    /// For people.
+    Text,
+}
+
+/// Decides where InferenceJobs run and publishes their results.
+#[derive(Debug, Parser)]
+#[command(name = "gogrid-operator", version)]
+pub(crate) struct Flags {
+    /// GoGrid's own namespace: assignments, staged inputs, heartbeats.
+    #[arg(long, env = "GOGRID_NAMESPACE", default_value = "gogrid-system")]
+    namespace: String,
+    /// Length of a node's lease; every other time of fencing is a fixed ratio of it.
+    #[arg(long, default_value_t = 40)]
+    lease_duration_seconds: u64,
+    /// Where /metrics, /healthz and /readyz are served; port 0 picks one and logs it.
+    #[arg(long, default_value = "127.0.0.1:0")]
+    metrics_addr: SocketAddr,
+    /// Directory beneath which nodes hold `file:` models; repeat for several; none = agents alone decide.
+    #[arg(long = "model-root")]
+    model_roots: Vec<String>,
+    /// Name of this process among operators; the process makes it unique.
+    #[arg(long, env = "POD_NAME", default_value = "gogrid-operator")]
+    identity: String,
+    /// Form of log lines.
+    #[arg(long, value_enum, default_value = "json")]
+    log_format: LogFormat,
+    /// Jobs worked on at the same time.
+    #[arg(long, default_value_t = 8)]
+    concurrency: u16,
+    /// Kills the process around its N-th mutating request.
+    #[cfg(feature = "faults")]
+    #[arg(long)]
+    fault: Option<crate::faults::Fault>,
+}
+
+/// What the operator goes by.
+#[derive(Clone, Debug)]
+pub(crate) struct Config {
+    pub(crate) namespace: String,
+    pub(crate) timing: LeaseTiming,
+    pub(crate) metrics_addr: SocketAddr,
+    pub(crate) model_roots: Vec<String>,
+    pub(crate) holder: String,
+    pub(crate) log_format: LogFormat,
+    pub(crate) concurrency: usize,
+    #[cfg(feature = "faults")]
+    pub(crate) fault: Option<crate::faults::Fault>,
+}
+
+/// A flag can't be used.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ConfigError {
+    /// The lease's length.
+    #[error("--lease-duration-seconds: {0}")]
+    Lease(#[from] LeaseTimingError),
+    /// A root that is no absolute path.
+    #[error("--model-root {0:?} must be an absolute path without '..'")]
+    ModelRoot(String),
+    /// No work could ever be done.
+    #[error("--concurrency must be at least 1")]
+    Concurrency,
+}
+
+impl Flags {
+    /// Validates; `unique` tells this process from every other.
+    pub(crate) fn validate(self, unique: &str) -> Result<Config, ConfigError> {
+        if let Some(bad) = self.model_roots.iter().find(|r| !r.starts_with('/') || r.split('/').any(|p| p == "..")) {
+            return Err(ConfigError::ModelRoot(bad.clone()));
+        }
+        if self.concurrency == 0 {
+            return Err(ConfigError::Concurrency);
+        }
+        Ok(Config {
+            namespace: self.namespace,
+            timing: LeaseTiming::from_lease(Millis(self.lease_duration_seconds.saturating_mul(1000)))?,
+            metrics_addr: self.metrics_addr,
+            model_roots: self.model_roots.iter().map(|r| r.trim_end_matches('/').to_owned()).collect(),
+            holder: format!("{}_{unique}", self.identity),
+            log_format: self.log_format,
+            concurrency: self.concurrency.into(),
+            #[cfg(feature = "faults")]
+            fault: self.fault,
+        })
+    }
+}

@@ -1,0 +1,231 @@
+//! Who may write.
+//!
+//! Owns: winning, renewing and releasing the leader Lease by compare-and-swap, judged by changes this process saw on
+//! its own monotonic clock. Must not: trust a timestamp in the Lease, or lead on CRDs without fence rules.
+
+use crate::clock;
+use crate::gate::Leadership;
+use crate::metrics::Metrics;
+use crate::probe::{self, ProbeError};
+use gogrid_api::names::{LEADER_LEASE, LEADER_NAMESPACE, OPERATOR_MANAGER};
+use gogrid_api::{LeaseTiming, Millis};
+use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
+use kube::api::{Api, ObjectMeta, PostParams};
+use kube::{Client, ResourceExt as _};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::watch;
+
+/// What to do about the Lease.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Act {
+    /// It is ours.
+    Renew,
+    /// Nobody holds it, or its holder was silent for long enough.
+    Take,
+    /// Someone else holds it.
+    Wait,
+}
+
+/// Decides on a Lease that was not seen to change for `unchanged`.
+fn act(holder: Option<&str>, me: &str, unchanged: Millis, timing: LeaseTiming) -> Act {
+    match holder {
+        Some(holder) if holder == me => Act::Renew,
+        None | Some("") => Act::Take,
+        // An eighth more than the lease, for clocks that drift.
+        Some(_) if unchanged.0 > timing.leader_lease().0 * 9 / 8 => Act::Take,
+        Some(_) => Act::Wait,
+    }
+}
+
+/// A turn of the election failed.
+#[derive(Debug, thiserror::Error)]
+enum LeaderError {
+    /// The API server said no.
+    #[error("the leader lease could not be read or written")]
+    Api(#[source] Box<kube::Error>),
+    /// No answer in time.
+    #[error("the leader lease was not answered in time")]
+    Timeout,
+    /// The CRDs don't fence.
+    #[error("leading is refused")]
+    Probe(#[from] ProbeError),
+}
+
+impl LeaderError {
+    fn variant(&self) -> &'static str {
+        match self {
+            LeaderError::Api(_) => "Api",
+            LeaderError::Timeout => "Timeout",
+            LeaderError::Probe(_) => "Probe",
+        }
+    }
+}
+
+/// The election of one process.
+pub(crate) struct Election {
+    pub(crate) client: Client,
+    pub(crate) holder: String,
+    pub(crate) timing: LeaseTiming,
+    pub(crate) leadership: Arc<Leadership>,
+    pub(crate) metrics: Arc<Metrics>,
+}
+
+impl Election {
+    /// Runs until `stop` says true, then gives the Lease back. `leads` says the term while this process leads.
+    pub(crate) async fn run(self, leads: watch::Sender<Option<i64>>, mut stop: watch::Receiver<bool>) {
+        let api: Api<Lease> = Api::namespaced(self.client.clone(), LEADER_NAMESPACE);
+        let mut seen: Option<(String, Millis)> = None;
+        let mut probed = false;
+        let mut last_error: Option<String> = None;
+        while !*stop.borrow() {
+            let outcome = self.turn(&api, &mut seen, &mut probed).await;
+            match &outcome {
+                Ok(_) => last_error = None,
+                Err(error) => {
+                    self.metrics.errors.with_label_values(&["leader", error.variant()]).inc();
+                    let text = crate::error_text(error);
+                    if last_error.as_ref() != Some(&text) {
+                        tracing::error!(error = text, "no leadership");
+                        last_error = Some(text);
+                    }
+                }
+            }
+            let term = self.leadership.term(clock::mono());
+            self.metrics.leader.set(i64::from(term.is_some()));
+            if *leads.borrow() != term {
+                match term {
+                    Some(term) => {
+                        self.metrics.term.set(term);
+                        tracing::info!(term, holder = self.holder, "leading");
+                    }
+                    None => tracing::warn!(holder = self.holder, "leading no more"),
+                }
+                leads.send_replace(term);
+            }
+            let pause = Duration::from_millis(self.timing.leader_renew().0);
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                _ = stop.changed() => {}
+            }
+        }
+        leads.send_replace(None);
+        self.leadership.drop_now();
+        self.release(&api).await;
+    }
+
+    async fn turn(&self, api: &Api<Lease>, seen: &mut Option<(String, Millis)>, probed: &mut bool) -> Result<(), LeaderError> {
+        let found = self.call(api.get_opt(LEADER_LEASE)).await?;
+        let now = clock::mono();
+        let Some(lease) = found else {
+            self.probe(probed).await?;
+            let sent = clock::mono();
+            let new = self.written(None);
+            let made = self.call(api.create(&self.params(), &new)).await?;
+            self.won(sent, &made);
+            return Ok(());
+        };
+        let mark = lease.resource_version().unwrap_or_default();
+        let since = match seen {
+            Some((old, since)) if *old == mark => *since,
+            _ => now,
+        };
+        *seen = Some((mark, since));
+        let holder = lease.spec.as_ref().and_then(|s| s.holder_identity.as_deref());
+        match act(holder, &self.holder, Millis(now.0.saturating_sub(since.0)), self.timing) {
+            Act::Wait => {
+                self.leadership.drop_now();
+                Ok(())
+            }
+            Act::Renew | Act::Take => {
+                self.probe(probed).await?;
+                let sent = clock::mono();
+                let new = self.written(Some(&lease));
+                let made = self.call(api.replace(LEADER_LEASE, &self.params(), &new)).await?;
+                *seen = made.resource_version().map(|mark| (mark, sent));
+                self.won(sent, &made);
+                Ok(())
+            }
+        }
+    }
+
+    async fn probe(&self, probed: &mut bool) -> Result<(), LeaderError> {
+        if !*probed {
+            let outcome = probe::fence_rules(&self.client).await;
+            self.metrics.fence_rules.set(i64::from(outcome.is_ok()));
+            outcome?;
+            *probed = true;
+        }
+        Ok(())
+    }
+
+    /// Writing is allowed until three quarters of the lease, counted from before it was asked for.
+    fn won(&self, sent: Millis, lease: &Lease) {
+        let term = lease.spec.as_ref().and_then(|s| s.lease_transitions).unwrap_or(0);
+        self.leadership.hold(Millis(sent.0 + self.timing.leader_lease().0 * 3 / 4), term.into());
+    }
+
+    fn params(&self) -> PostParams {
+        PostParams { field_manager: Some(OPERATOR_MANAGER.into()), ..PostParams::default() }
+    }
+
+    /// The Lease as this process writes it; a new holder is a new transition.
+    fn written(&self, old: Option<&Lease>) -> Lease {
+        let spec = old.and_then(|l| l.spec.clone()).unwrap_or_default();
+        let ours = spec.holder_identity.as_deref() == Some(self.holder.as_str());
+        let now = MicroTime(clock::micro());
+        let seconds = i32::try_from(self.timing.leader_lease().0.div_ceil(1000)).unwrap_or(8);
+        Lease {
+            metadata: ObjectMeta {
+                name: Some(LEADER_LEASE.into()),
+                namespace: Some(LEADER_NAMESPACE.into()),
+                resource_version: old.and_then(kube::ResourceExt::resource_version),
+                ..ObjectMeta::default()
+            },
+            spec: Some(LeaseSpec {
+                holder_identity: Some(self.holder.clone()),
+                lease_duration_seconds: Some(seconds),
+                acquire_time: if ours { spec.acquire_time } else { Some(now.clone()) },
+                renew_time: Some(now),
+                lease_transitions: Some(spec.lease_transitions.unwrap_or(0) + i32::from(!ours)),
+                ..LeaseSpec::default()
+            }),
+        }
+    }
+
+    async fn release(&self, api: &Api<Lease>) {
+        let Ok(Some(mut lease)) = self.call(api.get_opt(LEADER_LEASE)).await else { return };
+        let Some(spec) = lease.spec.as_mut().filter(|s| s.holder_identity.as_deref() == Some(self.holder.as_str())) else { return };
+        spec.holder_identity = None;
+        spec.renew_time = Some(MicroTime(clock::micro()));
+        lease.metadata.managed_fields = None;
+        match self.call(api.replace(LEADER_LEASE, &self.params(), &lease)).await {
+            Ok(_) => tracing::info!("leadership released"),
+            Err(error) => tracing::warn!(error = crate::error_text(&error), "leadership could not be released"),
+        }
+    }
+
+    async fn call<T>(&self, call: impl Future<Output = kube::Result<T>> + Send) -> Result<T, LeaderError> {
+        let limit = Duration::from_millis((self.timing.leader_lease().0 / 2).max(500));
+        match tokio::time::timeout(limit, call).await {
+            Ok(answer) => answer.map_err(|e| LeaderError::Api(Box::new(e))),
+            Err(_) => Err(LeaderError::Timeout),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lease_is_taken_only_when_free_or_seen_unchanged_for_longer_than_it_is() {
+        let t = LeaseTiming::default();
+        assert_eq!(act(Some("me"), "me", Millis(0), t), Act::Renew);
+        assert_eq!(act(Some("me"), "me", Millis(99_000), t), Act::Renew);
+        assert_eq!(act(None, "me", Millis(0), t), Act::Take);
+        assert_eq!(act(Some("you"), "me", Millis(9_000), t), Act::Wait);
+        assert_eq!(act(Some("you"), "me", Millis(9_001), t), Act::Take);
+    }
+}

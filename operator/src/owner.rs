@@ -1,0 +1,330 @@
+//! The one task that holds the world.
+//!
+//! Owns: the loop of observations, rounds and answers; who is busy; back-off after failures. Must not: decide what a job
+//! needs (`round` does) or talk to the API server itself (`apply` does).
+
+use crate::apply::{Executor, Fact, StepError};
+use crate::clock;
+use crate::config::Config;
+use crate::gate::Leadership;
+use crate::metrics::Metrics;
+use crate::observe::Observation;
+use crate::presets;
+use crate::profiles;
+use crate::round::{Memory, Round, Work, count_states};
+use crate::store::{Claim, Store};
+use gogrid_api::{Millis, ResourceProfile, names};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{Semaphore, mpsc, watch};
+
+/// Longest pause after failures.
+const LONGEST_PAUSE: u64 = 30_000;
+/// How often an input that can't be used is looked at again.
+const INPUT_AGAIN: u64 = 3_000;
+/// Shortest time between two writes of a profile's counts.
+const PROFILE_COUNTS: u64 = 5_000;
+
+/// What a spawned task came back with.
+enum Answer {
+    Work { uid: String, key: String, step: &'static str, facts: Vec<Fact>, error: Option<StepError> },
+    Profile { name: String, written: Result<ResourceProfile, StepError> },
+    Swept(Result<BTreeSet<String>, StepError>),
+}
+
+/// The owner.
+pub(crate) struct Owner {
+    config: Config,
+    executor: Executor,
+    leadership: Arc<Leadership>,
+    metrics: Arc<Metrics>,
+    store: Store,
+    memory: BTreeMap<String, Memory>,
+    busy: BTreeMap<String, Option<Claim>>,
+    profiles_busy: BTreeSet<String>,
+    profiles_written: BTreeMap<String, Millis>,
+    has_inputs: BTreeSet<String>,
+    missing_since: BTreeMap<String, Millis>,
+    permits: Arc<Semaphore>,
+    answers: mpsc::UnboundedSender<Answer>,
+    answered: mpsc::UnboundedReceiver<Answer>,
+}
+
+impl Owner {
+    pub(crate) fn new(config: Config, executor: Executor, leadership: Arc<Leadership>, metrics: Arc<Metrics>) -> Self {
+        let (answers, answered) = mpsc::unbounded_channel();
+        Self {
+            store: Store::new(config.timing),
+            permits: Arc::new(Semaphore::new(config.concurrency)),
+            config,
+            executor,
+            leadership,
+            metrics,
+            memory: BTreeMap::new(),
+            busy: BTreeMap::new(),
+            profiles_busy: BTreeSet::new(),
+            profiles_written: BTreeMap::new(),
+            has_inputs: BTreeSet::new(),
+            missing_since: BTreeMap::new(),
+            answers,
+            answered,
+        }
+    }
+
+    /// Runs until `stop` says true, then waits a little for what is on its way.
+    pub(crate) async fn run(mut self, mut seen: mpsc::Receiver<Observation>, mut leads: watch::Receiver<Option<i64>>, mut stop: watch::Receiver<bool>) {
+        let period = Duration::from_millis((self.config.timing.lease().0 / 40).clamp(100, 1000));
+        let mut tick = tokio::time::interval(period);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        while !*stop.borrow() {
+            let mut look = false;
+            tokio::select! {
+                observation = seen.recv() => match observation {
+                    Some(observation) => {
+                        look |= self.store.apply(clock::mono(), observation);
+                        // A burst is one round.
+                        while let Ok(more) = seen.try_recv() {
+                            look |= self.store.apply(clock::mono(), more);
+                        }
+                    }
+                    None => return,
+                },
+                Some(answer) = self.answered.recv() => {
+                    self.take(answer);
+                    while let Ok(more) = self.answered.try_recv() {
+                        self.take(more);
+                    }
+                    look = true;
+                }
+                _ = tick.tick() => {
+                    self.tick();
+                    look = true;
+                }
+                _ = leads.changed() => {
+                    if leads.borrow_and_update().is_some() {
+                        self.sweep();
+                    }
+                }
+                _ = stop.changed() => {}
+            }
+            if look {
+                self.round();
+            }
+        }
+        self.drain().await;
+    }
+
+    async fn drain(&mut self) {
+        let all = async {
+            while !self.busy.is_empty() {
+                match self.answered.recv().await {
+                    Some(answer) => self.take(answer),
+                    None => return,
+                }
+            }
+        };
+        if tokio::time::timeout(Duration::from_secs(5), all).await.is_err() {
+            tracing::warn!("stopping with calls on their way");
+        }
+    }
+
+    fn tick(&mut self) {
+        let now = clock::mono();
+        self.store.liveness.tick(now);
+        self.metrics.set_ready(self.store.synced());
+        self.metrics.jobs.reset();
+        for (state, count) in count_states(&self.store) {
+            self.metrics.jobs.with_label_values(&[&state]).set(count);
+        }
+    }
+
+    /// What a new leader looks for: presets that are absent, and inputs staged under an earlier one.
+    fn sweep(&mut self) {
+        let (executor, answers) = (self.executor.clone(), self.answers.clone());
+        tokio::spawn(async move {
+            let found = async {
+                match presets::read(executor.presets_text().await?.as_deref()) {
+                    Ok(profiles) => executor.create_absent_profiles(profiles).await?,
+                    Err(error) => tracing::error!(error = crate::error_text(&error), "presets are not created"),
+                }
+                executor.staged_uids().await
+            };
+            let found = found.await;
+            if found.is_err() {
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+            // The owner is gone only when the process ends.
+            let _ = answers.send(Answer::Swept(found));
+        });
+    }
+
+    fn round(&mut self) {
+        let now = clock::mono();
+        let Some(term) = self.leadership.term(now).filter(|_| self.store.synced()) else { return };
+        let timer = self.metrics.round_seconds.start_timer();
+        let missing = Round::missing(&self.store, &self.has_inputs);
+        self.missing_since.retain(|uid, _| missing.contains(uid));
+        for uid in missing {
+            self.missing_since.entry(uid).or_insert(now);
+        }
+        let (store, missing) = (&self.store, &self.missing_since);
+        self.memory.retain(|uid, _| store.jobs.contains_key(uid) || missing.contains_key(uid));
+        let works = Round {
+            store: &self.store,
+            memory: &self.memory,
+            busy: &self.busy,
+            has_inputs: &self.has_inputs,
+            missing_since: &self.missing_since,
+            config: &self.config,
+            now,
+            wall: clock::wall(),
+            term,
+        }
+        .works();
+        for work in works {
+            self.begin(work);
+        }
+        self.write_profiles(now);
+        timer.observe_duration();
+    }
+
+    fn begin(&mut self, work: Work) {
+        let Work { uid, job, only_if_gone, step, ops, claim } = work;
+        self.busy.insert(uid.clone(), claim);
+        if step == "Stage" {
+            self.has_inputs.insert(uid.clone());
+        }
+        self.metrics.steps.with_label_values(&[step]).inc();
+        let key = job.as_ref().map_or_else(|| uid.clone(), names::job_key);
+        tracing::debug!(job = key, step, "begun");
+        let (executor, answers, permits, metrics) = (self.executor.clone(), self.answers.clone(), self.permits.clone(), self.metrics.clone());
+        tokio::spawn(async move {
+            let _permit = permits.acquire_owned().await;
+            let timer = metrics.work_seconds.start_timer();
+            let mut facts = vec![];
+            let all = async {
+                if let Some(reference) = &only_if_gone {
+                    executor.ensure_gone(reference).await?;
+                }
+                for op in ops {
+                    facts.push(executor.run(job.as_ref(), op).await?);
+                }
+                Ok::<(), StepError>(())
+            };
+            let error = match tokio::time::timeout(Duration::from_secs(60), all).await {
+                Ok(outcome) => outcome.err(),
+                Err(_) => Some(StepError::TimedOut),
+            };
+            timer.observe_duration();
+            let _ = answers.send(Answer::Work { uid, key, step, facts, error });
+        });
+    }
+
+    fn take(&mut self, answer: Answer) {
+        match answer {
+            Answer::Work { uid, key, step, facts, error } => {
+                self.busy.remove(&uid);
+                for fact in facts {
+                    self.learn(&uid, step, fact);
+                }
+                self.judge(&uid, &key, step, error);
+            }
+            Answer::Profile { name, written } => {
+                self.profiles_busy.remove(&name);
+                match written {
+                    Ok(profile) => {
+                        self.store.profiles.insert(name, profile);
+                    }
+                    Err(error) => self.failed("Profile", &name, &error),
+                }
+            }
+            Answer::Swept(Ok(uids)) => {
+                self.has_inputs.extend(uids);
+            }
+            Answer::Swept(Err(error)) => {
+                self.failed("Sweep", "", &error);
+                if self.leadership.term(clock::mono()).is_some() {
+                    self.sweep();
+                }
+            }
+        }
+    }
+
+    fn learn(&mut self, uid: &str, step: &'static str, fact: Fact) {
+        let now = clock::mono();
+        let memory = self.memory.entry(uid.to_owned()).or_default();
+        match fact {
+            Fact::Job(job) => {
+                memory.written = Some(now);
+                if step == "Requeue" || step == "Finish" {
+                    memory.published = None;
+                }
+                tracing::info!(job = names::job_key(&job), step, epoch = job.status.as_ref().map_or(0, |s| s.epoch), "status written");
+                self.store.put_job(*job);
+            }
+            Fact::Assignment(assignment) => self.store.put_assignment(*assignment),
+            Fact::AssignmentGone { name, uid } => self.store.drop_assignment(&name, &uid),
+            Fact::JobGone => self.store.drop_job(uid),
+            Fact::Staged(inputs) => {
+                memory.refused = None;
+                memory.staged = Some(inputs);
+            }
+            Fact::InputRefused(refusal) => memory.refused = Some((refusal, Millis(now.0 + INPUT_AGAIN))),
+            Fact::Published(publication) => memory.published = Some(publication),
+            Fact::InputsGone => {
+                self.has_inputs.remove(uid);
+            }
+        }
+    }
+
+    fn judge(&mut self, uid: &str, key: &str, step: &'static str, error: Option<StepError>) {
+        let now = clock::mono();
+        let Some(error) = error else {
+            if let Some(memory) = self.memory.get_mut(uid) {
+                memory.failures = 0;
+                memory.not_before = Millis(0);
+            }
+            return;
+        };
+        let memory = self.memory.entry(uid.to_owned()).or_default();
+        memory.failures = memory.failures.saturating_add(1);
+        let pause = match error {
+            // The newer version is on its way through the watch.
+            StepError::Conflict(_) | StepError::MovedOn if memory.failures < 5 => 100,
+            _ => (250_u64 << memory.failures.min(7)).min(LONGEST_PAUSE),
+        };
+        memory.not_before = Millis(now.0 + pause);
+        self.failed(step, key, &error);
+    }
+
+    fn failed(&self, step: &str, key: &str, error: &StepError) {
+        self.metrics.errors.with_label_values(&[step, error.variant()]).inc();
+        tracing::warn!(job = key, step, cause = error.variant(), error = crate::error_text(error), "a step failed and comes again");
+    }
+
+    fn write_profiles(&mut self, now: Millis) {
+        for (name, status) in profiles::statuses(&self.store, clock::wall()) {
+            let Some(profile) = self.store.profiles.get(&name).filter(|_| !self.profiles_busy.contains(&name)) else { continue };
+            let old = profile.status.clone().unwrap_or_default();
+            let counts_only = (&old.conditions, old.nodes_matched, old.nodes_applied) == (&status.conditions, status.nodes_matched, status.nodes_applied);
+            let last = self.profiles_written.get(&name).map_or(0, |at| at.0);
+            let early = now.0.saturating_sub(last) < if counts_only { PROFILE_COUNTS } else { 250 };
+            if old == status || (last > 0 && early) {
+                continue;
+            }
+            self.profiles_busy.insert(name.clone());
+            self.profiles_written.insert(name.clone(), now);
+            let (executor, answers, profile) = (self.executor.clone(), self.answers.clone(), profile.clone());
+            tokio::spawn(async move {
+                let written = match tokio::time::timeout(Duration::from_secs(20), executor.write_profile(&profile, &status)).await {
+                    Ok(written) => written,
+                    Err(_) => Err(StepError::TimedOut),
+                };
+                let _ = answers.send(Answer::Profile { name, written });
+            });
+        }
+        let known = &self.store.profiles;
+        self.profiles_written.retain(|name, _| known.contains_key(name));
+    }
+}
