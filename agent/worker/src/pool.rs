@@ -1,0 +1,207 @@
+//! Starts, wakes, kills and reaps workers for the agent.
+//!
+//! Owns: the processes. One permanent thread spawns, because a worker's parent-death signal follows the thread that
+//! spawned it. When the agent's connection ends, every worker is killed and reaped before the next hello. Must not touch
+//! models, and decides nothing.
+
+use crate::wire::{self, Receiver, Sender, WireError};
+use crate::{clock, sys};
+use gogrid_agent_core::protocol::{FromPool, Role, ToPool, WorkerId, WorkerLimits};
+use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process, pidfd_open, waitid};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError};
+
+/// What a worker reads from its standard input before anything else.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Start {
+    pub(crate) nonce: String,
+    pub(crate) limits: WorkerLimits,
+    pub(crate) fence_at: u64,
+    pub(crate) memory_limit: u64,
+}
+
+enum Event {
+    /// Of this connection.
+    Message(u64, ToPool),
+    Lost(u64, WireError),
+    /// A worker ended and waits to be reaped.
+    Ended(WorkerId),
+}
+
+const FIRST_PAUSE: u64 = 100_000_000;
+const LONGEST_PAUSE: u64 = 5_000_000_000;
+
+/// Serves agents one after the other, for ever.
+pub(crate) fn serve(socket: &Path, die_with_parent: bool) -> io::Result<()> {
+    if die_with_parent {
+        rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+    }
+    let (events, inbox) = mpsc::channel();
+    let mut pool = Pool { socket: socket.to_owned(), workers: BTreeMap::new(), events };
+    let mut pause = FIRST_PAUSE;
+    for connection in 0_u64.. {
+        match wire::connect(socket, Role::Pool { alive: Vec::new() }) {
+            Ok((mut sender, receiver)) => {
+                pause = FIRST_PAUSE;
+                pool.listen(connection, receiver)?;
+                let error = pool.serve_one(connection, &mut sender, &inbox);
+                tracing::warn!(%error, "lost the agent; killing all workers");
+                pool.kill_all(&inbox);
+            }
+            Err(error) => tracing::warn!(%error, socket = %socket.display(), "no agent"),
+        }
+        clock::wait_until(clock::boottime().saturating_add(pause));
+        pause = pause.saturating_mul(2).min(LONGEST_PAUSE);
+    }
+    Ok(())
+}
+
+struct Pool {
+    socket: PathBuf,
+    workers: BTreeMap<WorkerId, Child>,
+    events: mpsc::Sender<Event>,
+}
+
+impl Pool {
+    fn listen(&self, connection: u64, mut receiver: Receiver) -> io::Result<()> {
+        let events = self.events.clone();
+        std::thread::Builder::new().name("agent".into()).spawn(move || {
+            loop {
+                let (event, over) = match receiver.receive() {
+                    Ok(message) => (Event::Message(connection, message), false),
+                    Err(error) => (Event::Lost(connection, error), true),
+                };
+                if events.send(event).is_err() || over {
+                    return;
+                }
+            }
+        })?;
+        Ok(())
+    }
+
+    /// Until the connection ends.
+    fn serve_one(&mut self, connection: u64, sender: &mut Sender, inbox: &mpsc::Receiver<Event>) -> WireError {
+        loop {
+            let Ok(event) = inbox.recv() else { return WireError::Closed };
+            let reply = match event {
+                Event::Message(of, message) if of == connection => self.act(message),
+                Event::Lost(of, error) if of == connection => return error,
+                // Of an agent that is gone.
+                Event::Message(..) | Event::Lost(..) => None,
+                Event::Ended(worker) => self.reap(worker),
+            };
+            if let Some(reply) = reply
+                && let Err(error) = sender.send(&reply)
+            {
+                return error;
+            }
+        }
+    }
+
+    fn act(&mut self, message: ToPool) -> Option<FromPool> {
+        match message {
+            ToPool::Spawn { worker, nonce, limits, fence_at, memory_limit } => {
+                let start = Start { nonce, limits, fence_at, memory_limit };
+                Some(match self.spawn(worker, &start) {
+                    Ok(pid) => FromPool::Spawned { worker, pid },
+                    Err(error) => FromPool::SpawnFailed { worker, message: error.to_string() },
+                })
+            }
+            ToPool::Kill { worker } => {
+                if let Some(child) = self.workers.get_mut(&worker) {
+                    // Fails only for one that has ended, and that is reported anyway.
+                    let _ = child.kill();
+                }
+                None
+            }
+            ToPool::Continue { worker } => {
+                if let Some(pid) = self.workers.get(&worker).map(Pid::from_child) {
+                    let _ = kill_process(pid, Signal::CONT);
+                }
+                None
+            }
+        }
+    }
+
+    fn spawn(&mut self, worker: WorkerId, start: &Start) -> io::Result<u32> {
+        if self.workers.contains_key(&worker) {
+            return Err(io::Error::other(format!("worker {worker} runs already")));
+        }
+        // Our own program, also after its file was replaced.
+        let mut command = Command::new("/proc/self/exe");
+        command
+            .arg0("gogrid-worker")
+            .arg("worker")
+            .arg("--socket")
+            .arg(&self.socket)
+            .arg("--worker")
+            .arg(worker.to_string())
+            .env_clear()
+            .current_dir("/")
+            .process_group(0)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null());
+        sys::tie_to_this_thread(&mut command);
+        let mut child = command.spawn()?;
+        let pid = child.id();
+        let ready = self.greet(&mut child, worker, start);
+        if let Err(error) = ready {
+            let _ = child.kill();
+            let _ = child.wait();
+            return Err(error);
+        }
+        self.workers.insert(worker, child);
+        Ok(pid)
+    }
+
+    /// Tells the worker its first limits, and watches for its end.
+    fn greet(&self, child: &mut Child, worker: WorkerId, start: &Start) -> io::Result<()> {
+        let descriptor = pidfd_open(Pid::from_child(child), PidfdFlags::empty())?;
+        if let Some(mut input) = child.stdin.take() {
+            input.write_all(&serde_json::to_vec(start)?)?;
+        }
+        let events = self.events.clone();
+        std::thread::Builder::new().name("reaper".into()).stack_size(64 << 10).spawn(move || {
+            // Waits without reaping, so that its number stays taken until the owner has seen this.
+            let what = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
+            while let Err(rustix::io::Errno::INTR) = waitid(WaitId::PidFd(descriptor.as_fd()), what) {}
+            let _ = events.send(Event::Ended(worker));
+        })?;
+        Ok(())
+    }
+
+    fn reap(&mut self, worker: WorkerId) -> Option<FromPool> {
+        let mut child = self.workers.remove(&worker)?;
+        let status = child.wait().ok();
+        let code = status.and_then(|status| status.code());
+        let signal = status.and_then(|status| status.signal());
+        Some(FromPool::Exited { worker, code, signal })
+    }
+
+    /// Kills and reaps every worker. What their watchers still say is read off, so that a later worker of the same name
+    /// is not taken for one of these.
+    fn kill_all(&mut self, inbox: &mpsc::Receiver<Event>) {
+        for child in self.workers.values_mut() {
+            let _ = child.kill();
+        }
+        while !self.workers.is_empty() {
+            match inbox.recv_timeout(std::time::Duration::from_secs(60)) {
+                Ok(Event::Ended(worker)) => {
+                    self.reap(worker);
+                }
+                Ok(Event::Message(..) | Event::Lost(..)) => {}
+                Err(RecvTimeoutError::Timeout) => {
+                    tracing::error!(workers = self.workers.len(), "killed workers do not end; the driver may hang");
+                }
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+        }
+    }
+}

@@ -1,0 +1,165 @@
+//! The only `unsafe` of this binary: what Linux offers and safe crates don't.
+//!
+//! Owns the proof obligations, one SAFETY comment per block. Must not decide anything.
+#![expect(unsafe_code, reason = "the one file of this binary that may")]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+
+/// A multiple of every page size of Linux.
+const LARGEST_PAGE: u64 = 64 << 10;
+
+/// Maps bytes of a file read-only for the duration of `look`; they count as page cache, not as memory of the process. A
+/// place that is not aligned for every tensor type is copied instead.
+pub(crate) fn with_file_bytes<R>(
+    file: &File,
+    offset: u64,
+    length: u64,
+    look: impl FnOnce(&[u8]) -> R,
+) -> io::Result<R> {
+    use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+    use std::os::unix::fs::FileExt;
+    let short = || io::Error::from(io::ErrorKind::UnexpectedEof);
+    if offset.checked_add(length).is_none_or(|end| file.metadata().map_or(true, |data| data.len() < end)) {
+        return Err(short());
+    }
+    let length = usize::try_from(length).map_err(|_| short())?;
+    if !offset.is_multiple_of(8) || length == 0 {
+        // A vector of u64 is aligned for every block type.
+        let mut copy = vec![0_u64; length.div_ceil(8)];
+        // SAFETY: the vector holds at least `length` bytes, u8 needs no alignment, and nothing else borrows it.
+        let bytes = unsafe { std::slice::from_raw_parts_mut(copy.as_mut_ptr().cast::<u8>(), length) };
+        file.read_exact_at(bytes, offset)?;
+        return Ok(look(bytes));
+    }
+    let lead = usize::try_from(offset % LARGEST_PAGE).map_err(|_| short())?;
+    let mapped = length.checked_add(lead).ok_or_else(short)?;
+    // SAFETY: a fresh read-only private mapping at an address the kernel chooses; nothing of ours is replaced.
+    let address = unsafe {
+        mmap(
+            std::ptr::null_mut(),
+            mapped,
+            ProtFlags::READ,
+            MapFlags::PRIVATE,
+            file.as_fd(),
+            offset - u64::try_from(lead).unwrap_or(0),
+        )?
+    };
+    let guard = Mapping { address, length: mapped };
+    // SAFETY: `lead + length` bytes are mapped and live until `guard` is dropped after `look`. The file is a verified,
+    // read-only descriptor whose length was just checked; if someone truncates it all the same, the kernel kills this
+    // process with SIGBUS, which the pool reports: no other memory is ever read.
+    let bytes = unsafe { std::slice::from_raw_parts(address.cast::<u8>().add(lead), length) };
+    let result = look(bytes);
+    drop(guard);
+    return Ok(result);
+
+    struct Mapping {
+        address: *mut std::ffi::c_void,
+        length: usize,
+    }
+    impl Drop for Mapping {
+        fn drop(&mut self) {
+            // SAFETY: exactly the range that was mapped, once, after its last use.
+            let _ = unsafe { munmap(self.address, self.length) };
+        }
+    }
+}
+
+/// Sets variables of this process's environment that candle reads.
+///
+/// Call it before the first thread starts.
+pub(crate) fn set_environment_before_threads(variables: &[(&str, String)]) -> io::Result<()> {
+    let threads = std::fs::read_dir("/proc/self/task")?.count();
+    if threads != 1 {
+        return Err(io::Error::other(format!("{threads} threads run already")));
+    }
+    for (name, value) in variables {
+        // SAFETY: this is the only thread (just counted), so nobody reads the environment meanwhile.
+        unsafe { std::env::set_var(name, value) };
+    }
+    Ok(())
+}
+
+/// A kernel timer that stops this process, whatever any thread of it does.
+pub(crate) struct Fence(libc::timer_t);
+
+// SAFETY: a timer id is a number to the kernel; any thread of the process may use it.
+unsafe impl Send for Fence {}
+
+impl Fence {
+    /// Makes the timer and arms it: SIGSTOP to this process at `at`, CLOCK_BOOTTIME nanoseconds. It fires on a stopped
+    /// process too, and at once when `at` has passed.
+    pub(crate) fn arm(at: u64) -> io::Result<Self> {
+        // SAFETY: sigevent is plain data for which all zeroes are valid.
+        let mut event: libc::sigevent = unsafe { std::mem::zeroed() };
+        event.sigev_notify = libc::SIGEV_SIGNAL;
+        event.sigev_signo = libc::SIGSTOP;
+        let mut id: libc::timer_t = std::ptr::null_mut();
+        // SAFETY: both pointers are to live variables of the right types.
+        if unsafe { libc::timer_create(libc::CLOCK_BOOTTIME, &raw mut event, &raw mut id) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let fence = Self(id);
+        fence.set(at)?;
+        Ok(fence)
+    }
+
+    /// Moves the fence.
+    pub(crate) fn set(&self, at: u64) -> io::Result<()> {
+        // 0 would disarm it.
+        let at = at.max(1);
+        let part = |value: u64| libc::time_t::try_from(value).map_err(io::Error::other);
+        let when = libc::itimerspec {
+            it_interval: libc::timespec { tv_sec: 0, tv_nsec: 0 },
+            it_value: libc::timespec { tv_sec: part(at / 1_000_000_000)?, tv_nsec: part(at % 1_000_000_000)? },
+        };
+        // SAFETY: the timer lives as long as `self`, `when` is a live itimerspec, and the old value is not asked for.
+        if unsafe { libc::timer_settime(self.0, libc::TIMER_ABSTIME, &raw const when, std::ptr::null_mut()) } == 0 {
+            Ok(())
+        } else {
+            Err(io::Error::last_os_error())
+        }
+    }
+}
+
+const IOPRIO_WHO_PROCESS: libc::c_int = 1;
+
+/// Sets the I/O priority of one thread (0 = the calling one) to the kernel's number.
+pub(crate) fn set_io_priority(thread: i32, value: i32) -> io::Result<()> {
+    // SAFETY: three integers; the kernel checks them.
+    let result = unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, thread, value) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// The kernel's number of a thread's I/O priority.
+pub(crate) fn io_priority(thread: i32) -> io::Result<i32> {
+    // SAFETY: two integers; the kernel checks them.
+    let result = unsafe { libc::syscall(libc::SYS_ioprio_get, IOPRIO_WHO_PROCESS, thread) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { i32::try_from(result).map_err(io::Error::other) }
+}
+
+/// Makes the child that this command starts end with the *thread* that starts it, and closes to it every descriptor but
+/// the three standard ones.
+pub(crate) fn tie_to_this_thread(command: &mut std::process::Command) {
+    use std::os::unix::process::CommandExt;
+    let parent = rustix::process::getpid();
+    let before_exec = move || {
+        rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
+        // The parent may have gone before the call above.
+        if rustix::process::getppid() != Some(parent) {
+            return Err(io::Error::from(io::ErrorKind::BrokenPipe));
+        }
+        // SAFETY: marks descriptors close-on-exec and touches no memory.
+        let closed = unsafe {
+            libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC)
+        };
+        if closed != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    };
+    // SAFETY: between fork and exec it makes system calls only: no allocation, no lock.
+    unsafe { command.pre_exec(before_exec) };
+}
