@@ -4,6 +4,8 @@
 //! types and reasons, names of objects and labels, the lease timing contract, and `effective_profile`.
 //! Must not: talk to an API server, read a clock or know anything of models, planners or agents.
 
+#![allow(unreachable_pub, reason = "KubeSchema derives a copy of every struct inside a function")]
+
 pub mod assignment;
 pub mod condition;
 pub mod effective;
