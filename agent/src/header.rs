@@ -45,11 +45,11 @@ pub(crate) fn child(bytes: u64) -> io::Result<()> {
     }
     let mut input = io::stdin().lock();
     let answer = match parse_from(&mut input, bytes, &Limits::default()) {
-        Err(error) => refused("InvalidModel", error.to_string()),
+        Err(error) => refused("InvalidModel", &error.to_string()),
         Ok(header) => match Facts::from_header(&header) {
-            Err(error) => refused("InvalidModel", error.to_string()),
+            Err(error) => refused("InvalidModel", &error.to_string()),
             Ok(facts) => match supported(&facts) {
-                Err(error) => refused("UnsupportedModel", error.to_string()),
+                Err(error) => refused("UnsupportedModel", &error.to_string()),
                 Ok(()) => Answer::Facts(api_facts(&facts)),
             },
         },
@@ -58,8 +58,8 @@ pub(crate) fn child(bytes: u64) -> io::Result<()> {
     io::stdout().lock().write_all(&text)
 }
 
-fn refused(reason: &str, message: String) -> Answer {
-    let message = gogrid_agent_core::results::clip(&message, 1024).to_owned();
+fn refused(reason: &str, message: &str) -> Answer {
+    let message = gogrid_agent_core::results::clip(message, 1024).to_owned();
     Answer::Refused {
         reason: reason.to_owned(),
         message,
@@ -90,6 +90,35 @@ fn api_facts(facts: &Facts) -> ModelFacts {
         vocabulary: narrow(facts.vocab),
         context_length: i64::from(facts.context_length),
         kv_bytes_per_token: signed(heads.saturating_mul(width).saturating_mul(4)),
+    }
+}
+
+/// What the child says, cut to what the API takes: the child has seen hostile bytes.
+pub(crate) fn bounded(answer: Answer) -> Answer {
+    let most = 9_007_199_254_740_991;
+    let text = |text: &str, length| gogrid_agent_core::results::clip(text, length).to_owned();
+    match answer {
+        Answer::Facts(facts) => Answer::Facts(ModelFacts {
+            architecture: text(&facts.architecture, 64),
+            name: text(&facts.name, 128),
+            quantization: text(&facts.quantization, 16),
+            file_bytes: facts.file_bytes.clamp(0, most),
+            weight_bytes: facts.weight_bytes.clamp(0, most),
+            parameters: facts.parameters.clamp(0, most),
+            layers: facts.layers.clamp(0, 65_535),
+            embedding: facts.embedding.clamp(0, 1_048_576),
+            feed_forward: facts.feed_forward.clamp(0, 16_777_216),
+            vocabulary: facts.vocabulary.clamp(0, 16_777_216),
+            context_length: facts.context_length.clamp(0, 2_147_483_647),
+            kv_bytes_per_token: facts.kv_bytes_per_token.clamp(0, most),
+        }),
+        Answer::Refused { reason, message } => {
+            let reason = gogrid_agent_core::results::reason_word(&reason, "InvalidModel").to_owned();
+            Answer::Refused {
+                reason,
+                message: text(&message, 1024),
+            }
+        }
     }
 }
 

@@ -7,9 +7,10 @@ use crate::config::Config;
 use gogrid_agent_core::session::{Nanos, Renewals};
 use gogrid_api::names;
 use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
+use k8s_openapi::api::core::v1::Node;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::api::{ObjectMeta, PostParams};
-use kube::{Api, Client};
+use kube::{Api, Client, Resource as _};
 use std::time::Duration;
 use tokio::sync::mpsc;
 
@@ -47,9 +48,10 @@ enum RenewError {
 /// The Lease of one node.
 pub(crate) struct Keeper {
     api: Api<Lease>,
+    nodes: Api<Node>,
+    node: String,
     name: String,
     session: String,
-    owner: Option<OwnerReference>,
     timing: gogrid_api::LeaseTiming,
     held: Option<Lease>,
     taken: bool,
@@ -57,12 +59,13 @@ pub(crate) struct Keeper {
 
 impl Keeper {
     /// Not taken yet.
-    pub(crate) fn new(client: Client, config: &Config, session: &str, owner: Option<OwnerReference>) -> Self {
+    pub(crate) fn new(client: Client, config: &Config, session: &str) -> Self {
         Self {
-            api: Api::namespaced(client, &config.namespace),
+            api: Api::namespaced(client.clone(), &config.namespace),
+            nodes: Api::all(client),
+            node: config.node.clone(),
             name: names::node_lease(&config.node),
             session: session.to_owned(),
-            owner,
             timing: config.timing,
             held: None,
             taken: false,
@@ -133,6 +136,15 @@ impl Keeper {
         }
     }
 
+    /// A Lease that is made gets its Node as owner, where that can be read; one that is there keeps what it has.
+    async fn owner(&self, before: Option<&Lease>) -> Option<Vec<OwnerReference>> {
+        if let Some(lease) = before {
+            return lease.metadata.owner_references.clone();
+        }
+        let node = self.nodes.get_opt(&self.node).await.ok().flatten();
+        node.and_then(|n| n.owner_ref(&())).map(|o| vec![o])
+    }
+
     async fn write(&self, before: Option<&Lease>) -> Result<Lease, kube::Error> {
         let old = before.and_then(|l| l.spec.clone()).unwrap_or_default();
         let same = old.holder_identity.as_deref() == Some(&self.session);
@@ -143,7 +155,7 @@ impl Keeper {
             metadata: ObjectMeta {
                 name: Some(self.name.clone()),
                 resource_version: before.and_then(|l| l.metadata.resource_version.clone()),
-                owner_references: self.owner.clone().map(|o| vec![o]),
+                owner_references: self.owner(before).await,
                 ..ObjectMeta::default()
             },
             spec: Some(LeaseSpec {

@@ -177,7 +177,11 @@ async fn serve(stream: UnixStream, hub: &Hub, allowed: &[u32]) -> Result<(), Lin
     };
     writer.abort();
     match result {
-        Err(LinkError::Io(error)) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(()),
+        Err(LinkError::Io(error)) => {
+            // How a killed peer looks; whoever killed it knows.
+            tracing::debug!(%error, "peer is gone");
+            Ok(())
+        }
         other => other,
     }
 }

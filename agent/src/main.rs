@@ -34,6 +34,7 @@ use std::net::IpAddr;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Notify;
 
 /// The GoGrid node agent.
 #[derive(Parser)]
@@ -65,12 +66,12 @@ fn main() -> anyhow::Result<ExitCode> {
     }
     let flags = flags.context("--node-name and --state-dir are needed")?;
     let config = Config::try_from(flags)?;
+    // The client's own layer logs every failed request at ERROR; each is judged and logged by its caller.
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,kube_client=off"));
     let log = tracing_subscriber::fmt()
-        .with_env_filter(
-            tracing_subscriber::EnvFilter::builder()
-                .with_default_directive(tracing::Level::INFO.into())
-                .from_env_lossy(),
-        )
+        .with_env_filter(filter)
+        .with_ansi(false)
         .with_writer(std::io::stderr);
     match config.log {
         LogFormat::Json => log.json().init(),
@@ -80,9 +81,20 @@ fn main() -> anyhow::Result<ExitCode> {
         .worker_threads(2)
         .enable_all()
         .build()?;
-    let end = runtime.block_on(run(config))?;
+    // Its threads give way to everything else on the node: they fetch and hash models.
+    let heavy = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .thread_name("heavy")
+        .on_thread_start(|| {
+            // On Linux this is the thread's own nice value. Refused or not, the work must be done.
+            let _ = rustix::process::setpriority_process(None, 15);
+        })
+        .enable_all()
+        .build()?;
+    let end = runtime.block_on(run(config, heavy.handle().clone()))?;
     tracing::info!(%end, "the agent ends");
     // Children die with this process; nothing is worth waiting for.
+    heavy.shutdown_background();
     runtime.shutdown_background();
     Ok(match end {
         End::Told => ExitCode::SUCCESS,
@@ -90,7 +102,7 @@ fn main() -> anyhow::Result<ExitCode> {
     })
 }
 
-async fn run(config: Config) -> anyhow::Result<End> {
+async fn run(config: Config, heavy: tokio::runtime::Handle) -> anyhow::Result<End> {
     std::fs::create_dir_all(&config.state_dir).context("state directory")?;
     let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").context("boot id")?;
     let instance = std::fs::read_to_string("/proc/sys/kernel/random/uuid").context("instance id")?;
@@ -107,7 +119,7 @@ async fn run(config: Config) -> anyhow::Result<End> {
     tokio::spawn(metrics::serve(server, Arc::clone(&metrics)));
 
     let (clients, api_servers) = kube_client::connect(&config).await?;
-    let models = models::Models::open(&config, api_servers)?;
+    let models = models::Models::open(&config, api_servers, heavy)?;
     let calls = api::Calls::new(&clients.api, &config);
     let (hub, events) = Hub::new();
 
@@ -131,7 +143,13 @@ async fn run(config: Config) -> anyhow::Result<End> {
     tokio::spawn(devices::measure(config.cpu_reserve, hub.clone()));
     tokio::spawn(devices::list_nvidia(config.nvml.clone(), hub.clone()));
     tokio::spawn(models.clone().scan(hub.clone()));
-    let _watches = watch::start(&clients, &config, &hub);
+    let watch_again = Arc::new(Notify::new());
+    tokio::spawn(watch::keep(
+        clients.clone(),
+        config.clone(),
+        hub.clone(),
+        Arc::clone(&watch_again),
+    ));
     signals(hub.clone())?;
 
     let threads =
@@ -162,6 +180,7 @@ async fn run(config: Config) -> anyhow::Result<End> {
         processes,
         threads,
         clear,
+        watch_again,
     };
     Ok(Owner::new(tools).run(events).await)
 }
@@ -176,11 +195,8 @@ async fn keep_lease(
     if cleared.await.is_err() {
         return;
     }
-    let calls = api::Calls::new(&client, &config);
-    // Readable or not: without an owner the Lease merely outlives its Node.
-    let owner = calls.node_owner().await.unwrap_or_default();
     let (sender, mut renewals) = tokio::sync::mpsc::channel(16);
-    tokio::spawn(lease::Keeper::new(client, &config, &session, owner).keep(sender));
+    tokio::spawn(lease::Keeper::new(client, &config, &session).keep(sender));
     while let Some(event) = renewals.recv().await {
         hub.send(Event::Lease(event)).await;
     }

@@ -19,8 +19,10 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::sync::Semaphore;
 
@@ -30,6 +32,8 @@ const MAX_LISTED: usize = 64;
 const SCAN_EVERY: Duration = Duration::from_secs(60);
 /// Between two looks at the roots' own modification times.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// Longest URI in a GpuNode.
+const MAX_URI: usize = 2048;
 /// Longest answer of the header child.
 const MAX_ANSWER: u64 = 64 << 10;
 /// Longest time of the header child.
@@ -49,10 +53,28 @@ pub(crate) struct Obtained {
     pub(crate) facts: Option<ModelFacts>,
 }
 
+/// A task that ends with whoever waits for it.
+struct AbortOnDrop<T>(tokio::task::JoinHandle<T>);
+
+impl<T> Drop for AbortOnDrop<T> {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl<T> Future for AbortOnDrop<T> {
+    type Output = Result<T, tokio::task::JoinError>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        Pin::new(&mut self.0).poll(cx)
+    }
+}
+
 /// Everything about models on this node.
 #[derive(Clone)]
 pub(crate) struct Models {
     store: Store,
+    heavy: tokio::runtime::Handle,
     children: Arc<Semaphore>,
     downloads: Arc<Semaphore>,
 }
@@ -75,7 +97,11 @@ fn io_failure(what: &str, error: &std::io::Error) -> Failure {
 
 impl Models {
     /// Opens the store in the state directory.
-    pub(crate) fn open(config: &Config, api_servers: Vec<IpAddr>) -> Result<Self, StoreError> {
+    pub(crate) fn open(
+        config: &Config,
+        api_servers: Vec<IpAddr>,
+        heavy: tokio::runtime::Handle,
+    ) -> Result<Self, StoreError> {
         let store = Store::open(StoreConfig {
             dir: config.state_dir.join("models"),
             roots: Roots::new(config.roots.clone())?,
@@ -85,6 +111,7 @@ impl Models {
         })?;
         Ok(Self {
             store,
+            heavy,
             children: Arc::new(Semaphore::new(2)),
             downloads: Arc::new(Semaphore::new(2)),
         })
@@ -95,10 +122,14 @@ impl Models {
         let uri = ModelUri::parse(&order.uri).map_err(|e| failure(&e))?;
         let digest = Sha256::parse(&order.sha256).map_err(|e| failure(&e))?;
         let _turn = self.downloads.acquire().await;
-        let model = self
-            .store
-            .obtain(&uri, digest, |_, _| {})
+        // Fetching and hashing run on threads that give way to everything else on the node.
+        let store = self.store.clone();
+        let work = self
+            .heavy
+            .spawn(async move { store.obtain(&uri, digest, |_, _| {}).await });
+        let model = AbortOnDrop(work)
             .await
+            .map_err(|e| io_failure("fetching the model", &std::io::Error::other(e)))?
             .map_err(|e| failure(&e))?;
         let copy = model
             .file
@@ -189,6 +220,9 @@ impl Models {
             let mut now = BTreeMap::new();
             for model in listed {
                 let uri = format!("file://{}", model.path.display());
+                if uri.len() > MAX_URI {
+                    continue;
+                }
                 let Ok((file, bytes)) = self.open_beneath(model.path).await else {
                     continue;
                 };
@@ -298,5 +332,7 @@ fn ask_child(file: &File, bytes: u64) -> std::io::Result<Answer> {
             "the header child ended with {status}"
         )));
     }
-    serde_json::from_slice(&answer).map_err(std::io::Error::other)
+    serde_json::from_slice(&answer)
+        .map(header::bounded)
+        .map_err(std::io::Error::other)
 }

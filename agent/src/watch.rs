@@ -17,6 +17,8 @@ use kube::{Api, Resource, ResourceExt as _};
 use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::pin::pin;
+use std::sync::Arc;
+use tokio::sync::Notify;
 
 fn stream<K>(api: Api<K>, fields: &str) -> impl Stream<Item = Seen<K>> + Send + use<K>
 where
@@ -29,8 +31,17 @@ where
         .filter_map(|seen| std::future::ready(seen.ok()))
 }
 
-/// Starts all four.
-pub(crate) fn start(clients: &Clients, config: &Config, hub: &Hub) -> Vec<tokio::task::JoinHandle<()>> {
+/// Keeps all four going for ever; begins them anew when told to.
+pub(crate) async fn keep(clients: Clients, config: Config, hub: Hub, again: Arc<Notify>) {
+    loop {
+        let tasks = start(&clients, &config, &hub);
+        again.notified().await;
+        tracing::info!("watches begin anew");
+        tasks.iter().for_each(tokio::task::JoinHandle::abort);
+    }
+}
+
+fn start(clients: &Clients, config: &Config, hub: &Hub) -> Vec<tokio::task::JoinHandle<()>> {
     let client = || clients.watch.clone();
     vec![
         tokio::spawn(assignments(

@@ -3,7 +3,7 @@
 //! Owns: which line goes out next, which are outstanding, which answers wait to be written. Every line is answered
 //! once; an answer to a line that was not asked is a breach by the worker. Must not read, send or write anything.
 
-use crate::protocol::{MAX_RECORD_BYTES, Outcome, RecordResult};
+use crate::protocol::{MAX_ANSWER_BYTES, MAX_RECORD_BYTES, Outcome, RecordResult};
 use crate::results::{Answer, Chunk, Lines, MAX_CHUNK_BYTES, MAX_RANGES, chunks, output_line};
 use crate::session::Nanos;
 use gogrid_api::assignment::{Checkpoint, LineRange, StagedInput};
@@ -202,7 +202,16 @@ impl Feed {
         self.outstanding
             .remove(&result.line)
             .ok_or(FeedError::NotAsked(result.line))?;
-        self.take(result, now);
+        match &result.outcome {
+            Outcome::Text { text, .. } if text.len() > MAX_ANSWER_BYTES => {
+                let message = format!(
+                    "the answer is {} bytes long, {MAX_ANSWER_BYTES} may be",
+                    text.len()
+                );
+                self.refuse(result.line, "AnswerTooLong", message, now);
+            }
+            Outcome::Text { .. } | Outcome::Error { .. } => self.take(result, now),
+        }
         Ok(())
     }
 
@@ -415,6 +424,21 @@ mod tests {
         feed.answer(&text(1), 0).unwrap();
         assert_eq!(feed.answer(&text(1), 0), Err(FeedError::NotAsked(1)));
         assert_eq!(feed.started(9), Err(FeedError::NotAsked(9)));
+    }
+
+    #[test]
+    fn an_answer_too_long_to_be_stored_fails_its_record_alone() {
+        let mut feed = Feed::new("u", &[input(1, 1)], &[]);
+        feed.want();
+        feed.read(0, "a", 0).unwrap();
+        feed.next(1, 0).unwrap();
+        let mut long = text(1);
+        if let Outcome::Text { text, .. } = &mut long.outcome {
+            *text = "\u{1}".repeat(MAX_ANSWER_BYTES + 1);
+        }
+        feed.answer(&long, 0).unwrap();
+        assert_eq!(feed.failed(), 1);
+        assert!(feed.save().unwrap().1.text.contains("AnswerTooLong"));
     }
 
     #[test]

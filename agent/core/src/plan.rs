@@ -61,6 +61,10 @@ pub struct Stopping {
 
 /// A job of this session as observed.
 #[derive(Clone, Debug)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "independent observations, not states of one machine"
+)]
 pub struct Job {
     /// How far it is.
     pub phase: Phase,
@@ -383,7 +387,7 @@ mod tests {
         shutdown: None,
     };
 
-    fn order(extra: serde_json::Value) -> Order {
+    fn order(extra: &serde_json::Value) -> Order {
         let mut spec = json!({
             "kind": "Run", "job": {"namespace": "n", "name": "j", "uid": "u"}, "epoch": 1, "term": 3,
             "nodeName": "node", "session": "s", "model": {"uri": "file:///m", "sha256": "00"},
@@ -419,7 +423,7 @@ mod tests {
         .pop()
     }
 
-    fn next(context: &Context<'_>, extra: serde_json::Value, job: &Job) -> Option<Step> {
+    fn next(context: &Context<'_>, extra: &serde_json::Value, job: &Job) -> Option<Step> {
         let orders = BTreeMap::from([("a".to_owned(), order(extra))]);
         plan(
             context,
@@ -448,7 +452,7 @@ mod tests {
 
     #[test]
     fn two_claims_of_one_plan_share_one_ledger() {
-        let orders = BTreeMap::from([("a".into(), order(json!({}))), ("b".into(), order(json!({})))]);
+        let orders = BTreeMap::from([("a".into(), order(&json!({}))), ("b".into(), order(&json!({})))]);
         let steps = plan(&HELD, &orders, true, &BTreeMap::new(), &mut ledger());
         assert_eq!(steps[0], Step::Claim("a".into()));
         assert_eq!(reason(steps.get(1).cloned()), "InsufficientVRAM");
@@ -456,11 +460,11 @@ mod tests {
 
     #[test]
     fn orders_for_another_session_or_under_an_earlier_term_start_nothing() {
-        assert_eq!(first(&HELD, order(json!({"session": "old"}))), None);
-        assert_eq!(reason(first(&HELD, order(json!({"term": 2})))), "StaleTerm");
+        assert_eq!(first(&HELD, order(&json!({"session": "old"}))), None);
+        assert_eq!(reason(first(&HELD, order(&json!({"term": 2})))), "StaleTerm");
         let unknown = Order {
             leader_term: None,
-            ..order(json!({}))
+            ..order(&json!({}))
         };
         assert_eq!(first(&HELD, unknown), Some(Step::ReadTerm("a".into())));
     }
@@ -468,7 +472,7 @@ mod tests {
     #[test]
     fn without_a_held_lease_nothing_is_claimed() {
         for standing in [Standing::Unproven, Standing::Fenced, Standing::Expired] {
-            assert_eq!(first(&Context { standing, ..HELD }, order(json!({}))), None);
+            assert_eq!(first(&Context { standing, ..HELD }, order(&json!({}))), None);
         }
     }
 
@@ -476,7 +480,7 @@ mod tests {
     fn an_order_that_is_already_to_stop_is_answered_without_a_start() {
         let stop = json!({"stop": {"reason": "JobDeleted", "graceSeconds": 1}});
         assert_eq!(
-            first(&HELD, order(stop)),
+            first(&HELD, order(&stop)),
             Some(Step::Refuse("a".into(), Ending::Stopped))
         );
     }
@@ -484,17 +488,17 @@ mod tests {
     #[test]
     fn more_than_one_device_is_refused_by_name() {
         assert_eq!(
-            reason(first(&HELD, order(json!({"stages": []})))),
+            reason(first(&HELD, order(&json!({"stages": []})))),
             "UnsupportedPlacement"
         );
         let gpu = json!({"stages": [{"gpuUUID": "GPU-1", "firstLayer": 0, "lastLayer": 1, "vram": "1"}]});
-        assert_eq!(reason(first(&HELD, order(gpu))), "NoSuchDevice");
+        assert_eq!(reason(first(&HELD, order(&gpu))), "NoSuchDevice");
     }
 
     #[test]
     fn a_job_goes_from_claim_to_success_one_step_at_a_time() {
         let mut job = Job::new(0);
-        let at = |job: &Job| next(&HELD, json!({}), job);
+        let at = |job: &Job| next(&HELD, &json!({}), job);
         assert_eq!(at(&job), Some(Step::Fetch("a".into())));
         job.phase = Phase::Verified;
         assert_eq!(at(&job), Some(Step::Spawn("a".into())));
@@ -523,26 +527,23 @@ mod tests {
         let stop = json!({"stop": {"reason": "Suspended", "graceSeconds": 1}});
         let deadline = HELD.now + 1_000_000_000;
         let mut job = running(Some(1));
-        assert_eq!(
-            next(&HELD, stop.clone(), &job),
-            Some(Step::Stop("a".into(), deadline))
-        );
+        assert_eq!(next(&HELD, &stop, &job), Some(Step::Stop("a".into(), deadline)));
         job.stopping = Some(Stopping { deadline });
         job.phase = Phase::Draining;
-        assert_eq!(next(&HELD, stop.clone(), &job), None);
+        assert_eq!(next(&HELD, &stop, &job), None);
         let late = Context {
             now: deadline,
             ..HELD
         };
-        assert_eq!(next(&late, stop.clone(), &job), Some(Step::Kill("a".into())));
+        assert_eq!(next(&late, &stop, &job), Some(Step::Kill("a".into())));
         job.phase = Phase::Drained;
-        assert_eq!(next(&HELD, stop.clone(), &job), Some(Step::Kill("a".into())));
+        assert_eq!(next(&HELD, &stop, &job), Some(Step::Kill("a".into())));
         job.worker = None;
         job.unsaved = true;
-        assert_eq!(next(&HELD, stop.clone(), &job), Some(Step::Save("a".into())));
+        assert_eq!(next(&HELD, &stop, &job), Some(Step::Save("a".into())));
         job.unsaved = false;
         assert_eq!(
-            next(&HELD, stop, &job),
+            next(&HELD, &stop, &job),
             Some(Step::Finish("a".into(), Ending::Stopped))
         );
     }
@@ -597,19 +598,19 @@ mod tests {
                     standing: Standing::Fenced,
                     ..HELD
                 },
-                json!({}),
+                &json!({}),
                 &job
             ),
             None
         );
-        assert_eq!(next(&HELD, json!({}), &job), Some(Step::Confirm("a".into())));
+        assert_eq!(next(&HELD, &json!({}), &job), Some(Step::Confirm("a".into())));
         job.confirmed = true;
-        assert_eq!(next(&HELD, json!({}), &job), Some(Step::Continue("a".into())));
+        assert_eq!(next(&HELD, &json!({}), &job), Some(Step::Continue("a".into())));
         let expired = Context {
             standing: Standing::Expired,
             ..HELD
         };
-        assert_eq!(next(&expired, json!({}), &job), Some(Step::Kill("a".into())));
+        assert_eq!(next(&expired, &json!({}), &job), Some(Step::Kill("a".into())));
     }
 
     #[test]
@@ -624,10 +625,10 @@ mod tests {
             unsaved: true,
             ..running(None)
         };
-        assert_eq!(next(&HELD, json!({}), &job), Some(Step::Save("a".into())));
+        assert_eq!(next(&HELD, &json!({}), &job), Some(Step::Save("a".into())));
         job.unsaved = false;
         assert_eq!(
-            next(&HELD, json!({}), &job),
+            next(&HELD, &json!({}), &job),
             Some(Step::Finish("a".into(), Ending::Failed(failure)))
         );
     }
@@ -638,9 +639,9 @@ mod tests {
             shutdown: Some(500),
             ..HELD
         };
-        assert_eq!(first(&ending, order(json!({}))), None);
+        assert_eq!(first(&ending, order(&json!({}))), None);
         assert_eq!(
-            next(&ending, json!({}), &running(Some(1))),
+            next(&ending, &json!({}), &running(Some(1))),
             Some(Step::Stop("a".into(), 500))
         );
     }
@@ -651,11 +652,11 @@ mod tests {
             phase: Phase::Starting,
             ..running(Some(1))
         };
-        assert_eq!(next(&HELD, json!({}), &job), None);
+        assert_eq!(next(&HELD, &json!({}), &job), None);
         let late = Context {
             now: nanos(START_DEADLINE),
             ..HELD
         };
-        assert_eq!(next(&late, json!({}), &job), Some(Step::Kill("a".into())));
+        assert_eq!(next(&late, &json!({}), &job), Some(Step::Kill("a".into())));
     }
 }

@@ -299,7 +299,7 @@ mod tests {
             let failed: u64 = cut.iter().map(|c| c.failed).sum();
             prop_assert_eq!(failed, u64::try_from(lengths.iter().filter(|(_, f)| *f).count()).unwrap());
             let text: String = cut.iter().map(|c| c.text.as_str()).collect();
-            prop_assert_eq!(text, answers.iter().map(|a| format!("{}\n", a.text)).collect::<String>());
+            prop_assert_eq!(text, answers.iter().flat_map(|a| [a.text.as_str(), "\n"]).collect::<String>());
         }
     }
 }

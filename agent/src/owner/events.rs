@@ -7,13 +7,16 @@ use crate::event::{Event, Greeting};
 use crate::lease::LeaseEvent;
 use crate::link::Link;
 use gogrid_agent_core::plan::{Order, Phase};
-use gogrid_agent_core::protocol::{FromPool, FromWorker, Outcome, ToPool, ToWorker, WorkerId};
+use gogrid_agent_core::protocol::{FromPool, FromWorker, Outcome, ToPool, WorkerId};
 use gogrid_agent_core::results::{clip, reason_word};
-use gogrid_agent_core::session::Nanos;
+use gogrid_agent_core::session::{Nanos, nanos};
 use gogrid_api::assignment::State;
 use gogrid_api::node::Backend;
 use gogrid_api::{Assignment, Bytes};
 use std::collections::BTreeSet;
+
+/// Between two fresh starts of all watches.
+const WATCH_AGAIN_NANOS: Nanos = 30_000_000_000;
 
 impl Owner {
     /// Takes one event in.
@@ -53,7 +56,7 @@ impl Owner {
             Event::PoolHello { alive, user, link } => self.pool_hello(&alive, user, link, now),
             Event::PoolLost => self.pool_lost(now),
             Event::PoolEnded => self.pool_ended(now),
-            Event::FromPool(message) => self.from_pool(message, now),
+            Event::FromPool(message) => self.pool_says(message, now),
             Event::WorkerHello {
                 greeting,
                 link,
@@ -62,7 +65,7 @@ impl Owner {
                 let let_in = self.worker_hello(greeting, link, now);
                 let _ = reply.send(let_in);
             }
-            Event::FromWorker { worker, message } => self.from_worker(worker, message, now),
+            Event::FromWorker { worker, message } => self.worker_says(worker, message, now),
             Event::WorkerLost { worker, why } => self.worker_lost(worker, why),
             Event::Obtained(name, result) => self.obtained(&name, result, now),
             Event::InputRead(name, part, result) => self.input_read(&name, part, result, now),
@@ -89,9 +92,11 @@ impl Owner {
                 self.tools.metrics.renewed(true);
                 // A renewal that took until after the fence does not undo it: the workers stand still already.
                 self.notice_fence(now);
+                self.look_again(now);
                 self.renewals.succeeded(sent);
                 self.renewed_at = Some(crate::clock::wall());
                 self.grant_now(now);
+                self.rouse_silent(now);
             }
             LeaseEvent::Failed { error } => {
                 self.tools.metrics.renewed(false);
@@ -103,6 +108,31 @@ impl Owner {
                 );
             }
             LeaseEvent::Superseded { holder } => self.end = Some(End::Superseded(holder)),
+        }
+    }
+
+    /// A worker that got too little CPU to read its grants was stopped by its own timer although the lease was never
+    /// lost. It has a new grant before it is woken, and takes no step without one. Waking one that runs does nothing.
+    fn rouse_silent(&mut self, now: Nanos) {
+        let quiet = nanos(self.tools.config.timing.renew());
+        let Some(pool) = &self.pool else { return };
+        for (name, job) in &self.jobs {
+            let Some(work) = self.work.get(name).filter(|w| w.link.is_some()) else {
+                continue;
+            };
+            if let Some(worker) = job.worker.filter(|_| !job.fenced && !job.killed)
+                && now > work.heard_at.saturating_add(quiet)
+            {
+                let _ = pool.link.pool(&ToPool::Continue { worker });
+            }
+        }
+    }
+
+    /// After an outage the watches may hang on dead connections for minutes: they are begun anew, not too often.
+    fn look_again(&mut self, now: Nanos) {
+        if self.renewals.failures() >= 3 && now >= self.watched_at.saturating_add(WATCH_AGAIN_NANOS) {
+            self.watched_at = now;
+            self.tools.watch_again.notify_one();
         }
     }
 
@@ -217,7 +247,7 @@ impl Owner {
         }
     }
 
-    fn from_pool(&mut self, message: FromPool, now: Nanos) {
+    fn pool_says(&mut self, message: FromPool, now: Nanos) {
         match message {
             FromPool::Spawned { worker, pid } => {
                 tracing::info!(worker, pid, "worker started");
@@ -316,6 +346,7 @@ impl Owner {
             return false;
         }
         work.nonce = None;
+        work.heard_at = now;
         work.link = Some(link);
         self.enter(&name, Phase::Connected, now);
         self.push_limits();
@@ -355,13 +386,14 @@ impl Owner {
         self.fail(name, "ProtocolBreach", why, true);
     }
 
-    fn from_worker(&mut self, worker: WorkerId, message: FromWorker, now: Nanos) {
+    fn worker_says(&mut self, worker: WorkerId, message: FromWorker, now: Nanos) {
         let Some(name) = self.workers.get(&worker).cloned() else {
             return;
         };
         let (Some(job), Some(work)) = (self.jobs.get_mut(&name), self.work.get_mut(&name)) else {
             return;
         };
+        work.heard_at = now;
         match message {
             FromWorker::Loaded { device_bytes } => {
                 if job.phase != Phase::Loading {

@@ -6,7 +6,7 @@
 use super::Owner;
 use crate::clock;
 use gogrid_agent_core::plan::Phase;
-use gogrid_agent_core::protocol::{IoPriority, ToWorker, WorkerLimits};
+use gogrid_agent_core::protocol::{IoPriority, Readback, ToWorker, WorkerLimits};
 use gogrid_agent_core::session::{Nanos, Standing, nanos};
 use gogrid_agent_core::shares::{Claim, batch_each, divide, permille};
 use gogrid_api::effective::{EffectiveProfile, EffectiveProfileError, Limits};
@@ -83,6 +83,7 @@ impl Owner {
             self.ledger.set_device(&device.uuid, total, reserved, foreign);
         }
         self.set_caps();
+        self.push_limits();
     }
 
     /// Memory that our workers really hold on a device, as far as it is known; never more than they reserved.
@@ -164,17 +165,30 @@ impl Owner {
             let batch = batch_each(effective.limits.max_batch, workers).min(sequences);
             let generation = work.limits.as_ref().map_or(1, |l| l.generation);
             let mut limits = worker_limits(&effective.limits, generation, batch, threads);
-            if work.limits.as_ref() == Some(&limits) {
-                continue;
+            if work.limits.as_ref() != Some(&limits) {
+                if work.limits.is_some() {
+                    limits.generation = generation.saturating_add(1);
+                }
+                work.limits = Some(limits.clone());
             }
-            if work.limits.is_some() {
-                limits.generation = generation.saturating_add(1);
+            // A worker that was started with older limits learns the newer ones when it connects.
+            if let Some(link) = work.link.as_ref().filter(|_| work.told != limits.generation)
+                && link.worker(&ToWorker::Limits(limits.clone())).is_ok()
+            {
+                work.told = limits.generation;
             }
-            if let Some(link) = &work.link {
-                let _ = link.worker(&ToWorker::Limits(limits.clone()));
-            }
-            work.limits = Some(limits);
         }
+    }
+
+    /// Whether a worker was not read back yet with the limits it was sent last.
+    pub(super) fn limits_pending(&self) -> bool {
+        self.work.values().any(|w| {
+            // A thread may be kinder than asked, which an unprivileged process can't take back; never less kind.
+            let same =
+                |l: &WorkerLimits, a: &Readback| a.generation == l.generation && a.niceness >= l.niceness;
+            let applied = matches!((&w.limits, &w.applied), (Some(l), Some(a)) if same(l, a));
+            w.link.is_some() && !applied
+        })
     }
 
     /// Whether every worker was read back with its limits, and if so: since now, the profiles are in force.
@@ -185,11 +199,7 @@ impl Owner {
         else {
             return;
         };
-        let pending = self.work.values().any(|w| {
-            let sent = w.limits.as_ref().map(|l| l.generation);
-            w.link.is_some() && w.applied.as_ref().map(|a| a.generation) != sent
-        });
-        if pending {
+        if self.limits_pending() {
             return;
         }
         let mut wanted = node.sources.clone();

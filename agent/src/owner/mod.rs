@@ -31,7 +31,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot};
 use work::Work;
 
 /// How often the loop comes round by itself: shares expire after four of these.
@@ -82,6 +82,8 @@ pub(crate) struct Tools {
     pub(crate) threads: u16,
     /// Lets the Lease be taken, once an external pool holds nothing of an old session.
     pub(crate) clear: Option<oneshot::Sender<()>>,
+    /// Begins all watches anew.
+    pub(crate) watch_again: Arc<Notify>,
 }
 
 /// The state.
@@ -111,6 +113,7 @@ pub(crate) struct Owner {
     last_start: BTreeMap<String, Nanos>,
     wake: Option<Nanos>,
     granted_at: Nanos,
+    watched_at: Nanos,
     pace: Pace,
     status: GpuNodeStatus,
     node_writing: bool,
@@ -149,6 +152,7 @@ impl Owner {
             last_start: BTreeMap::new(),
             wake: None,
             granted_at: 0,
+            watched_at: 0,
             pace: Pace::default(),
             status: GpuNodeStatus::default(),
             node_writing: false,

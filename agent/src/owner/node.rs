@@ -86,6 +86,11 @@ impl Owner {
         let mut devices = bucketed_devices(&written, self.cpu_devices());
         devices.extend(bucketed_devices(&written, self.cuda.clone().unwrap_or_default()));
         let models = self.models.clone().unwrap_or_default();
+        // While an edit is on its way, the rows stay as they were: they change once, together with the profile.
+        let enforcement = match self.pace.last() {
+            Some(last) if self.limits_pending() => last.enforcement.clone(),
+            Some(_) | None => self.enforcement(),
+        };
         let mut conditions = std::mem::take(&mut self.status.conditions);
         set_condition(&mut conditions, self.ready());
         self.status = GpuNodeStatus {
@@ -93,7 +98,7 @@ impl Owner {
             session: self.tools.session.clone(),
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
             devices,
-            enforcement: self.enforcement(),
+            enforcement,
             profiles: self.in_force.clone(),
             model_count: models.len().to_string(),
             models,

@@ -177,6 +177,7 @@ impl Owner {
         let worker = self.next_worker;
         self.next_worker += 1;
         let memory_limit = workers::memory_limit(work.bytes);
+        work.told = limits.generation;
         let order = ToPool::Spawn {
             worker,
             nonce: nonce.clone(),

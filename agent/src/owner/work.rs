@@ -34,12 +34,16 @@ pub(crate) struct Work {
     pub(crate) effective: Option<EffectiveProfile>,
     /// Limits last sent.
     pub(crate) limits: Option<WorkerLimits>,
+    /// Generation of the limits that its worker was told last, at its start or since.
+    pub(crate) told: u64,
     /// Limits last read back.
     pub(crate) applied: Option<Readback>,
     /// Share last granted, in permille.
     pub(crate) share: u16,
     /// Counters of the worker.
     pub(crate) usage: Usage,
+    /// When its worker last said anything.
+    pub(crate) heard_at: Nanos,
     /// When the model was loaded.
     pub(crate) loaded_at: Option<Nanos>,
     /// Kills for want of memory on this machine when the worker was started.
@@ -78,9 +82,11 @@ impl Work {
             link: None,
             effective: None,
             limits: None,
+            told: 0,
             applied: None,
             share: 0,
             usage: Usage::default(),
+            heard_at: 0,
             loaded_at: None,
             oom_kills: 0,
             status: AssignmentStatus::default(),

@@ -76,8 +76,9 @@ pub(super) fn io_text(io: IoPriority) -> String {
 pub(super) fn fill_status(work: &mut Work, now: Nanos) {
     work.status.progress = work.loaded_at.map(|_| work.feed.progress(work.running_for(now)));
     if work.usage.peak_bytes > 0 {
+        // Its own word: bounded by what the API takes.
         work.status.measured = Some(Measured {
-            peak_vram: Some(Bytes(work.usage.peak_bytes).into()),
+            peak_vram: Some(Bytes(work.usage.peak_bytes.min(1 << 50)).into()),
         });
     }
     let checkpoint = work.feed.checkpoint();
