@@ -184,7 +184,7 @@ impl Executor {
         for told in told {
             // An event that can't be told (a namespace on its way out) must not hold the job up.
             if let Err(error) = api.create(&post_params(), &events::object(job, &told, &self.reporter)).await {
-                tracing::debug!(error = crate::error_text(&error), reason = told.reason, "an event was not told");
+                tracing::warn!(error = crate::error_text(&error), reason = told.reason, "an event was not told");
             }
         }
         Ok(Fact::Job(Box::new(written)))

@@ -83,7 +83,8 @@ pub(crate) fn between(old: Option<&InferenceJobStatus>, new: &InferenceJobStatus
 pub(crate) fn object(job: &InferenceJob, told: &Told, reporter: &str) -> Event {
     Event {
         metadata: ObjectMeta {
-            generate_name: Some(format!("{}.", job.name_any().chars().take(200).collect::<String>())),
+            // A trailing dash is the only ending that the server takes for a prefix.
+            generate_name: Some(format!("{}-", job.name_any().chars().take(200).collect::<String>())),
             namespace: job.namespace(),
             ..ObjectMeta::default()
         },

@@ -75,15 +75,19 @@ fn check_place(world: &World, request: &JobRequest, planned: &Planned) -> Vec<Br
             continue;
         };
         must(device.healthy, "the device is unhealthy".into());
+        let cpu = device.backend == Backend::Cpu;
+        must(!(cpu && request.cpu_fallback == CpuFallback::Never), "the job refuses the CPU".into());
+        must(planned.on_cpu == cpu, "the plan misstates whether the CPU serves".into());
+        // An inspection takes nothing, so it exceeds nothing, however full the device is.
+        if stage.bytes.0 == 0 {
+            continue;
+        }
         must(stage.bytes <= profile.limits.vram_cap(device.total, device.reserved), "the job's own cap is exceeded".into());
         let after = u128::from(device.used.0) + u128::from(stage.bytes.0);
         let cap = profile.ceiling.vram_cap(device.total, device.reserved);
         must(after <= u128::from(cap.0), "the node's cap is exceeded".into());
         let others = u128::from(device.foreign.0) + u128::from(device.reserved.0);
         must(after + others <= u128::from(device.total.0), "more than the device has is promised".into());
-        let cpu = device.backend == Backend::Cpu;
-        must(!(cpu && request.cpu_fallback == CpuFallback::Never), "the job refuses the CPU".into());
-        must(planned.on_cpu == cpu, "the plan misstates whether the CPU serves".into());
     }
     breaches
 }

@@ -110,6 +110,10 @@ pub fn estimate(facts: &ModelFacts, context_tokens: i32, parallel: i32, backend:
         .checked_mul(TOKENIZER_FACTOR)
         .and_then(|b| b.checked_add(constant))
         .ok_or(overflow("fileBytes"))?;
+    // Whole mebibytes read well, and rounding up is on the safe side.
+    let whole = |bytes: u64, what| bytes.checked_next_multiple_of(Bytes::MIB.0).ok_or(overflow(what));
+    let (weights, kv_cache) = (whole(weights, "weightBytes")?, whole(kv_cache, "kvBytesPerToken")?);
+    let (compute, overhead) = (whole(compute, "embedding")?, whole(overhead, "fileBytes")?);
     let total = [kv_cache, compute, overhead]
         .into_iter()
         .try_fold(weights, u64::checked_add)
