@@ -2,8 +2,8 @@
 //!
 //! Owns: fields, bounds and store-side rules. The operator writes the spec, one agent the status.
 
-use crate::job::{Download, Failure, Generation, Measured, Progress, Stage};
 use crate::ByteQuantity;
+use crate::job::{Download, Failure, Generation, Measured, Progress, Stage};
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

@@ -93,9 +93,18 @@ mod tests {
     #[test]
     fn the_transition_time_moves_only_when_the_status_word_changes() {
         let mut list = vec![];
-        assert!(set_condition(&mut list, condition(ConditionStatus::False, "a", 1)));
-        assert!(!set_condition(&mut list, condition(ConditionStatus::False, "a", 2)));
-        assert!(set_condition(&mut list, condition(ConditionStatus::False, "b", 3)));
+        assert!(set_condition(
+            &mut list,
+            condition(ConditionStatus::False, "a", 1)
+        ));
+        assert!(!set_condition(
+            &mut list,
+            condition(ConditionStatus::False, "a", 2)
+        ));
+        assert!(set_condition(
+            &mut list,
+            condition(ConditionStatus::False, "b", 3)
+        ));
         assert_eq!(list[0].last_transition_time.0.as_second(), 1);
         assert!(set_condition(&mut list, condition(ConditionStatus::True, "b", 4)));
         assert_eq!(list[0].last_transition_time.0.as_second(), 4);

@@ -4,7 +4,7 @@
 //! Must not: read a clock, know devices' fill or decide placement.
 
 use crate::profile::{AdaptiveMode, CONSERVATIVE, IoClass, ResourceProfileSpec, presets};
-use crate::quantity::{QuantityError, Bytes, Millis, Niceness, Percent};
+use crate::quantity::{Bytes, Millis, Niceness, Percent, QuantityError};
 use std::collections::BTreeMap;
 
 /// A profile's limits, parsed: what is enforced.
@@ -61,7 +61,12 @@ pub enum ProfileError {
     },
 }
 
-fn bounded<T: TryFrom<i64>>(field: &'static str, value: impl Into<i64>, range: std::ops::RangeInclusive<i64>, must: &'static str) -> Result<T, ProfileError> {
+fn bounded<T: TryFrom<i64>>(
+    field: &'static str,
+    value: impl Into<i64>,
+    range: std::ops::RangeInclusive<i64>,
+    must: &'static str,
+) -> Result<T, ProfileError> {
     let value = value.into();
     let error = ProfileError::OutOfBounds { field, value, must };
     if !range.contains(&value) {
@@ -74,22 +79,56 @@ impl TryFrom<&ResourceProfileSpec> for Limits {
     type Error = ProfileError;
 
     fn try_from(spec: &ResourceProfileSpec) -> Result<Self, ProfileError> {
-        let ResourceProfileSpec { vram, compute, cpu, io, max_batch_size, adaptive, node_selector: _, precedence: _ } = spec;
+        let ResourceProfileSpec {
+            vram,
+            compute,
+            cpu,
+            io,
+            max_batch_size,
+            adaptive,
+            node_selector: _,
+            precedence: _,
+        } = spec;
         if let Some(weight) = cpu.weight {
-            return Err(ProfileError::Unsupported { field: "spec.cpu.weight", value: weight.to_string() });
+            return Err(ProfileError::Unsupported {
+                field: "spec.cpu.weight",
+                value: weight.to_string(),
+            });
         }
         if adaptive.mode != AdaptiveMode::Disabled {
-            return Err(ProfileError::Unsupported { field: "spec.adaptive.mode", value: format!("{:?}", adaptive.mode) });
+            return Err(ProfileError::Unsupported {
+                field: "spec.adaptive.mode",
+                value: format!("{:?}", adaptive.mode),
+            });
         }
         let bytes = |field, quantity: &Option<crate::ByteQuantity>| {
-            quantity.as_ref().map(crate::ByteQuantity::bytes).transpose().map_err(|source| ProfileError::Quantity { field, source })
+            quantity
+                .as_ref()
+                .map(crate::ByteQuantity::bytes)
+                .transpose()
+                .map_err(|source| ProfileError::Quantity { field, source })
         };
         Ok(Self {
-            vram_percent: Percent(bounded("spec.vram.maxPercent", vram.max_percent, 1..=100, "1 to 100")?),
+            vram_percent: Percent(bounded(
+                "spec.vram.maxPercent",
+                vram.max_percent,
+                1..=100,
+                "1 to 100",
+            )?),
             vram_max: bytes("spec.vram.max", &vram.max)?,
             vram_reserve: bytes("spec.vram.reserve", &vram.reserve)?.unwrap_or_default(),
-            compute_percent: Percent(bounded("spec.compute.maxPercent", compute.max_percent, 1..=100, "1 to 100")?),
-            request_interval: Millis(bounded("spec.compute.minRequestIntervalMillis", compute.min_request_interval_millis, 0..=3_600_000, "0 to 3600000")?),
+            compute_percent: Percent(bounded(
+                "spec.compute.maxPercent",
+                compute.max_percent,
+                1..=100,
+                "1 to 100",
+            )?),
+            request_interval: Millis(bounded(
+                "spec.compute.minRequestIntervalMillis",
+                compute.min_request_interval_millis,
+                0..=3_600_000,
+                "0 to 3600000",
+            )?),
             niceness: Niceness(bounded("spec.cpu.niceness", cpu.niceness, -20..=19, "-20 to 19")?),
             io_class: io.class,
             io_level: bounded("spec.io.level", io.level, 0..=7, "0 to 7")?,
@@ -103,13 +142,25 @@ impl Limits {
     /// less `vram.reserve`.
     pub fn vram_cap(&self, total: Bytes, driver_reserved: Bytes) -> Bytes {
         let share = total.saturating_sub(driver_reserved).percent(self.vram_percent);
-        self.vram_max.map_or(share, |max| share.min(max)).saturating_sub(self.vram_reserve)
+        self.vram_max
+            .map_or(share, |max| share.min(max))
+            .saturating_sub(self.vram_reserve)
     }
 
     /// The stricter of both in every field.
     #[must_use]
     pub fn tightened_by(&self, other: &Limits) -> Limits {
-        let Limits { vram_percent, vram_max, vram_reserve, compute_percent, request_interval, niceness, io_class, io_level, max_batch } = other;
+        let Limits {
+            vram_percent,
+            vram_max,
+            vram_reserve,
+            compute_percent,
+            request_interval,
+            niceness,
+            io_class,
+            io_level,
+            max_batch,
+        } = other;
         let kindest_io = match self.io_class.cmp(io_class) {
             std::cmp::Ordering::Greater => (self.io_class, self.io_level),
             std::cmp::Ordering::Equal => (self.io_class, self.io_level.max(*io_level)),
@@ -171,11 +222,22 @@ pub enum EffectiveProfileError {
 }
 
 /// The profile that governs a node: of those whose selector matches, highest precedence, then first name.
-pub fn governing<'a>(profiles: &'a [NamedProfile], node_labels: &BTreeMap<String, String>) -> Option<&'a NamedProfile> {
+pub fn governing<'a>(
+    profiles: &'a [NamedProfile],
+    node_labels: &BTreeMap<String, String>,
+) -> Option<&'a NamedProfile> {
     let matches = |p: &&NamedProfile| {
-        p.spec.node_selector.as_ref().is_some_and(|s| s.iter().all(|(k, v)| node_labels.get(k) == Some(v)))
+        p.spec
+            .node_selector
+            .as_ref()
+            .is_some_and(|s| s.iter().all(|(k, v)| node_labels.get(k) == Some(v)))
     };
-    profiles.iter().filter(matches).max_by(|a, b| a.spec.precedence.cmp(&b.spec.precedence).then_with(|| b.name.cmp(&a.name)))
+    profiles.iter().filter(matches).max_by(|a, b| {
+        a.spec
+            .precedence
+            .cmp(&b.spec.precedence)
+            .then_with(|| b.name.cmp(&a.name))
+    })
 }
 
 /// What a job that names `job_profile` may take on a node with these labels.
@@ -191,7 +253,10 @@ pub fn effective_profile(
     job_profile: Option<&str>,
 ) -> Result<EffectiveProfile, EffectiveProfileError> {
     let limits_of = |name: &str, spec: &ResourceProfileSpec| {
-        Limits::try_from(spec).map_err(|source| EffectiveProfileError::Invalid { name: name.into(), source })
+        Limits::try_from(spec).map_err(|source| EffectiveProfileError::Invalid {
+            name: name.into(),
+            source,
+        })
     };
     let by_name = |name: &str| profiles.iter().find(|p| p.name == name);
     let (ceiling, source) = match governing(profiles, node_labels).or_else(|| by_name(CONSERVATIVE)) {
@@ -212,5 +277,9 @@ pub fn effective_profile(
             ceiling.tightened_by(&limits_of(&own.name, &own.spec)?)
         }
     };
-    Ok(EffectiveProfile { ceiling, limits, sources })
+    Ok(EffectiveProfile {
+        ceiling,
+        limits,
+        sources,
+    })
 }

@@ -70,7 +70,10 @@ pub enum Mode {
 #[x_kube(validation = Rule::new("has(self.sha256) != has(self.trust)").message("model must carry exactly one of sha256 and trust"))]
 pub struct Model {
     /// `file:` beneath a model root of the node, or `http(s):`, `s3:`, `oci:`, `hf:`.
-    #[schemars(length(min = 1, max = 2048), regex(pattern = r"^(file|https?|s3|oci|hf):\S+$"))]
+    #[schemars(
+        length(min = 1, max = 2048),
+        regex(pattern = r"^(file|https?|s3|oci|hf):\S+$")
+    )]
     pub uri: String,
     /// SHA-256 of the file, 64 lower-case hexadecimal digits.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -86,7 +89,10 @@ pub struct Model {
 #[serde(rename_all = "camelCase")]
 pub struct Trust {
     /// Name of a configured repository.
-    #[schemars(length(min = 1, max = 63), regex(pattern = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"))]
+    #[schemars(
+        length(min = 1, max = 63),
+        regex(pattern = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
+    )]
     pub repository: String,
     /// Target path in it.
     #[schemars(length(min = 1, max = 512))]
@@ -117,7 +123,10 @@ pub struct Input {
 #[serde(rename_all = "camelCase")]
 pub struct ConfigMapKey {
     /// Name of the ConfigMap.
-    #[schemars(length(min = 1, max = 253), regex(pattern = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"))]
+    #[schemars(
+        length(min = 1, max = 253),
+        regex(pattern = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")
+    )]
     pub name: String,
     /// Key in its `data`.
     #[serde(default = "default_input_key")]
@@ -136,7 +145,10 @@ fn default_input_key() -> String {
 pub struct Output {
     /// Name of a ConfigMap that GoGrid creates in the job's namespace, key `results.jsonl`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(min = 1, max = 253), regex(pattern = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"))]
+    #[schemars(
+        length(min = 1, max = 253),
+        regex(pattern = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")
+    )]
     pub config_map: Option<String>,
     /// Any other place.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -370,7 +382,10 @@ pub struct InferenceJobSpec {
     pub model: Model,
     /// A ResourceProfile that may only make the node's profile stricter.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(min = 1, max = 253), regex(pattern = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"))]
+    #[schemars(
+        length(min = 1, max = 253),
+        regex(pattern = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")
+    )]
     pub profile_name: Option<String>,
     /// Where the records come from.
     pub input: Input,
@@ -395,7 +410,10 @@ pub struct InferenceJobSpec {
     pub placement: Placement,
     /// PriorityClass that orders the queue; never a `system-` one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(min = 1, max = 253), regex(pattern = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"))]
+    #[schemars(
+        length(min = 1, max = 253),
+        regex(pattern = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")
+    )]
     #[x_kube(validation = Rule::new("!self.startsWith('system-')").message("priorityClassName must not be a system- class: they are reserved for the cluster itself"))]
     pub priority_class_name: Option<String>,
     /// Stops the job and gives its devices back; finished records stay.

@@ -4,7 +4,10 @@
 //! types and reasons, names of objects and labels, the lease timing contract, and `effective_profile`.
 //! Must not: talk to an API server, read a clock or know anything of models, planners or agents.
 
-#![allow(unreachable_pub, reason = "KubeSchema derives a copy of every struct inside a function")]
+#![allow(
+    unreachable_pub,
+    reason = "KubeSchema derives a copy of every struct inside a function"
+)]
 
 pub mod assignment;
 pub mod condition;
@@ -36,5 +39,11 @@ use kube::CustomResourceExt as _;
 
 /// The four CRDs, in the order in which they are installed.
 pub fn crds() -> [CustomResourceDefinition; 4] {
-    [InferenceJob::crd(), ResourceProfile::crd(), Assignment::crd(), GpuNode::crd()].map(schema::finish)
+    [
+        InferenceJob::crd(),
+        ResourceProfile::crd(),
+        Assignment::crd(),
+        GpuNode::crd(),
+    ]
+    .map(schema::finish)
 }

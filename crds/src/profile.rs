@@ -84,7 +84,10 @@ fn default_io_level() -> i32 {
 
 impl Default for IoLimit {
     fn default() -> Self {
-        Self { class: IoClass::default(), level: default_io_level() }
+        Self {
+            class: IoClass::default(),
+            level: default_io_level(),
+        }
     }
 }
 
@@ -117,7 +120,11 @@ pub struct Adaptive {
 
 impl Default for Adaptive {
     fn default() -> Self {
-        Self { mode: AdaptiveMode::default(), foreign_load_percent: default_foreign(), floor_percent: default_floor() }
+        Self {
+            mode: AdaptiveMode::default(),
+            foreign_load_percent: default_foreign(),
+            floor_percent: default_floor(),
+        }
     }
 }
 
@@ -212,16 +219,34 @@ pub const CONSERVATIVE: &str = "conservative";
 pub fn presets() -> [(&'static str, ResourceProfileSpec); 3] {
     let preset = |name, vram, compute, niceness, interval, batch, class| {
         let label = (crate::names::PROFILE_NODE_LABEL.to_owned(), String::from(name));
-        (name, ResourceProfileSpec {
-        vram: VramLimit { max_percent: vram, max: None, reserve: None },
-        compute: ComputeLimit { max_percent: compute, min_request_interval_millis: interval },
-        cpu: CpuLimit { niceness, weight: None },
-        io: IoLimit { class, level: 7 },
-        max_batch_size: batch,
-        adaptive: Adaptive { mode: AdaptiveMode::Disabled, foreign_load_percent: default_foreign(), floor_percent: default_floor() },
-        node_selector: Some(BTreeMap::from([label])),
-        precedence: 0,
-    })};
+        (
+            name,
+            ResourceProfileSpec {
+                vram: VramLimit {
+                    max_percent: vram,
+                    max: None,
+                    reserve: None,
+                },
+                compute: ComputeLimit {
+                    max_percent: compute,
+                    min_request_interval_millis: interval,
+                },
+                cpu: CpuLimit {
+                    niceness,
+                    weight: None,
+                },
+                io: IoLimit { class, level: 7 },
+                max_batch_size: batch,
+                adaptive: Adaptive {
+                    mode: AdaptiveMode::Disabled,
+                    foreign_load_percent: default_foreign(),
+                    floor_percent: default_floor(),
+                },
+                node_selector: Some(BTreeMap::from([label])),
+                precedence: 0,
+            },
+        )
+    };
     [
         preset(CONSERVATIVE, 50, 60, 15, 100, 2, IoClass::Idle),
         preset("default", 70, 80, 10, 50, 4, IoClass::BestEffort),

@@ -122,7 +122,9 @@ impl<'de> Deserialize<'de> for ByteQuantity {
 
 /// The text is not a byte quantity.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is not a byte quantity: it must be a whole number with one of the suffixes k, M, G, T, Ki, Mi, Gi, Ti or none")]
+#[error(
+    "{0:?} is not a byte quantity: it must be a whole number with one of the suffixes k, M, G, T, Ki, Mi, Gi, Ti or none"
+)]
 pub struct QuantityError(String);
 
 #[cfg(test)]

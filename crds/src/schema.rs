@@ -64,7 +64,9 @@ fn spell_out_stays(rule: &str) -> String {
     let mut text = parts.next().unwrap_or_default().to_owned();
     for part in parts {
         let (path, rest) = part.split_once(')').unwrap_or((part, ""));
-        text += &format!("has(self.{path}) == has(oldSelf.{path}) && (!has(self.{path}) || self.{path} == oldSelf.{path}){rest}");
+        text += &format!(
+            "has(self.{path}) == has(oldSelf.{path}) && (!has(self.{path}) || self.{path} == oldSelf.{path}){rest}"
+        );
     }
     text
 }
@@ -72,9 +74,16 @@ fn spell_out_stays(rule: &str) -> String {
 /// The last touch on a derived CRD: kept on uninstall, terms of root rules spelt out, no `null` values, only formats
 /// that the API server knows.
 pub(crate) fn finish(mut crd: CustomResourceDefinition) -> CustomResourceDefinition {
-    crd.metadata.annotations.get_or_insert_default().insert("helm.sh/resource-policy".into(), "keep".into());
+    crd.metadata
+        .annotations
+        .get_or_insert_default()
+        .insert("helm.sh/resource-policy".into(), "keep".into());
     for version in &mut crd.spec.versions {
-        if let Some(root) = version.schema.as_mut().and_then(|s| s.open_api_v3_schema.as_mut()) {
+        if let Some(root) = version
+            .schema
+            .as_mut()
+            .and_then(|s| s.open_api_v3_schema.as_mut())
+        {
             finish_schema(root);
         }
     }
@@ -83,7 +92,10 @@ pub(crate) fn finish(mut crd: CustomResourceDefinition) -> CustomResourceDefinit
 
 fn finish_schema(schema: &mut JSONSchemaProps) {
     schema.nullable = None;
-    schema.format = schema.format.take().filter(|f| matches!(f.as_str(), "int32" | "int64" | "date-time"));
+    schema.format = schema
+        .format
+        .take()
+        .filter(|f| matches!(f.as_str(), "int32" | "int64" | "date-time"));
     for rule in schema.x_kubernetes_validations.iter_mut().flatten() {
         for (term, cel) in TERMS {
             rule.rule = rule.rule.replace(term, cel);

@@ -17,7 +17,9 @@ pub struct LeaseTimingError(u64);
 
 impl Default for LeaseTiming {
     fn default() -> Self {
-        Self { lease: Millis(40_000) }
+        Self {
+            lease: Millis(40_000),
+        }
     }
 }
 
@@ -27,7 +29,11 @@ impl LeaseTiming {
     /// # Errors
     /// Outside 2 s to 400 s.
     pub fn from_lease(lease: Millis) -> Result<Self, LeaseTimingError> {
-        if (2_000..=400_000).contains(&lease.0) { Ok(Self { lease }) } else { Err(LeaseTimingError(lease.0)) }
+        if (2_000..=400_000).contains(&lease.0) {
+            Ok(Self { lease })
+        } else {
+            Err(LeaseTimingError(lease.0))
+        }
     }
 
     /// Length of a node lease (40 s).
@@ -99,7 +105,10 @@ mod tests {
     fn a_stopped_worker_always_precedes_a_new_placement_by_both_margins() {
         for lease in [2_000, 8_000, 40_000, 400_000] {
             let t = LeaseTiming::from_lease(Millis(lease)).unwrap();
-            assert_eq!(t.replace_after().0 - t.fence_after().0, t.stop_margin().0 + t.drift_margin().0);
+            assert_eq!(
+                t.replace_after().0 - t.fence_after().0,
+                t.stop_margin().0 + t.drift_margin().0
+            );
             assert!(t.attempt().0 < t.renew().0);
         }
         assert!(LeaseTiming::from_lease(Millis(1_999)).is_err());
@@ -108,7 +117,15 @@ mod tests {
     #[test]
     fn the_default_timing_is_that_of_the_design() {
         let t = LeaseTiming::default();
-        let seconds = [t.lease(), t.renew(), t.attempt(), t.fence_after(), t.replace_after(), t.leader_lease(), t.leader_renew()];
+        let seconds = [
+            t.lease(),
+            t.renew(),
+            t.attempt(),
+            t.fence_after(),
+            t.replace_after(),
+            t.leader_lease(),
+            t.leader_renew(),
+        ];
         assert_eq!(seconds.map(|m| m.0 / 1000), [40, 10, 4, 35, 45, 8, 2]);
     }
 }

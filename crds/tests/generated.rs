@@ -6,22 +6,37 @@ use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
 use std::path::{Path, PathBuf};
 
 fn schema(crd: &CustomResourceDefinition) -> JSONSchemaProps {
-    crd.spec.versions[0].schema.clone().unwrap().open_api_v3_schema.unwrap()
+    crd.spec.versions[0]
+        .schema
+        .clone()
+        .unwrap()
+        .open_api_v3_schema
+        .unwrap()
 }
 
 /// Compares a generated file with what it should hold; `UPDATE=1` writes it instead.
 fn compare(path: &Path, wanted: &str) {
-    #[allow(clippy::disallowed_methods, reason = "UPDATE=1 is this project's switch to rewrite generated files")]
+    #[allow(
+        clippy::disallowed_methods,
+        reason = "UPDATE=1 is this project's switch to rewrite generated files"
+    )]
     if std::env::var("UPDATE").is_ok_and(|v| v == "1") {
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
         std::fs::write(path, wanted).unwrap();
     }
     let found = std::fs::read_to_string(path).unwrap_or_default();
-    assert_eq!(found, wanted, "{} differs: run UPDATE=1 cargo test -p gogrid-api", path.display());
+    assert_eq!(
+        found,
+        wanted,
+        "{} differs: run UPDATE=1 cargo test -p gogrid-api",
+        path.display()
+    );
 }
 
 fn chart_file(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../charts/gogrid/files").join(name)
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../charts/gogrid/files")
+        .join(name)
 }
 
 #[test]
@@ -65,7 +80,8 @@ fn unbounded(path: &str, schema: &JSONSchemaProps, found: &mut Vec<String>) {
         _ => {}
     }
     for (name, property) in schema.properties.iter().flatten() {
-        let known_to_kubernetes = path.is_empty() && ["metadata", "apiVersion", "kind"].contains(&name.as_str());
+        let known_to_kubernetes =
+            path.is_empty() && ["metadata", "apiVersion", "kind"].contains(&name.as_str());
         if !known_to_kubernetes {
             unbounded(&format!("{path}.{name}"), property, found);
         }
@@ -88,7 +104,13 @@ fn every_string_list_map_and_number_is_bounded_and_every_list_has_a_type() {
 }
 
 fn enum_values(schema: &JSONSchemaProps, into: &mut Vec<String>) {
-    into.extend(schema.enum_.iter().flatten().filter_map(|v| v.0.as_str().map(str::to_owned)));
+    into.extend(
+        schema
+            .enum_
+            .iter()
+            .flatten()
+            .filter_map(|v| v.0.as_str().map(str::to_owned)),
+    );
     for property in schema.properties.iter().flat_map(|p| p.values()) {
         enum_values(property, into);
     }
@@ -104,7 +126,11 @@ fn no_enum_value_but_a_conditions_status_is_a_boolean_to_a_yaml_1_1_reader() {
         enum_values(&schema(&crd), &mut found);
         let words = ["y", "n", "yes", "no", "on", "off", "null", "~"];
         found.retain(|v| words.contains(&v.to_ascii_lowercase().as_str()));
-        assert!(found.is_empty(), "{}: kubectl reads these unquoted as something else: {found:?}", crd.spec.names.kind);
+        assert!(
+            found.is_empty(),
+            "{}: kubectl reads these unquoted as something else: {found:?}",
+            crd.spec.names.kind
+        );
     }
 }
 
@@ -112,7 +138,10 @@ fn defaults_break(path: &str, schema: &JSONSchemaProps, found: &mut Vec<String>)
     for (name, property) in schema.properties.iter().flatten() {
         let at = format!("{path}.{name}");
         if let Some(default) = schema.default.as_ref().and_then(|d| d.0.get(name)) {
-            let below = default.as_f64().zip(property.minimum).is_some_and(|(v, min)| v < min);
+            let below = default
+                .as_f64()
+                .zip(property.minimum)
+                .is_some_and(|(v, min)| v < min);
             let other = property.default.as_ref().is_some_and(|own| own.0 != *default);
             if below || other {
                 found.push(format!("{at}: the object's default says {default}"));
@@ -150,7 +179,11 @@ fn every_cel_rule_has_a_message_that_says_must() {
         let mut all = vec![];
         rules(&schema, &mut all);
         for (rule, message) in all {
-            assert!(message.contains("must"), "{}: {rule}: {message:?}", crd.spec.names.kind);
+            assert!(
+                message.contains("must"),
+                "{}: {rule}: {message:?}",
+                crd.spec.names.kind
+            );
         }
     }
 }
