@@ -8,6 +8,34 @@ use gogrid_testmodels::rng::Rng;
 use gogrid_testmodels::tasks::{Fact, Split, Task};
 use gogrid_testmodels::vocab::{BOS, EOS, Encoder};
 
+/// How often each task comes in a training batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mix {
+    /// All tasks. A word to spell has five tokens to learn from and a weekday only one, so weekdays come more often
+    /// and words less.
+    Even,
+    /// Weekdays alone: they are the slowest to turn from memory into a rule, and quickest at it undisturbed.
+    Weekdays,
+    /// Half differences, the slowest task of the rest.
+    Differences,
+}
+
+impl Mix {
+    /// The order in which tasks take turns in a batch.
+    pub fn turns(self) -> &'static [Task] {
+        use Task::{Difference, Reverse, Sum, Weekday};
+        match self {
+            Self::Even => &[
+                Sum, Difference, Weekday, Weekday, Sum, Difference, Weekday, Reverse,
+            ],
+            Self::Weekdays => &[Weekday],
+            Self::Differences => &[
+                Sum, Difference, Difference, Weekday, Sum, Difference, Difference, Reverse,
+            ],
+        }
+    }
+}
+
 /// Sequences ready for the model.
 pub struct Batch {
     pub tokens: Tensor,
@@ -51,11 +79,12 @@ impl Batch {
     }
 
     /// The training batch of a step: it depends on the seed and the step alone, so a resumed run sees the same.
-    pub fn training(encoder: &Encoder, seed: u64, step: usize, size: usize) -> Result<Self> {
+    /// `turns` says which tasks it takes in turn.
+    pub fn training(encoder: &Encoder, seed: u64, step: usize, size: usize, turns: &[Task]) -> Result<Self> {
         let mut rng = Rng::part(seed ^ 0x7472_6169_6e, step as u64);
         let questions: Vec<_> = (0..size)
             .map(|index| {
-                let fact = Fact::draw_from(Task::ALL[index % Task::ALL.len()], Split::Train, &mut rng);
+                let fact = Fact::draw_from(turns[index % turns.len()], Split::Train, &mut rng);
                 (fact.question(rng.below(2) == 1), fact.answer())
             })
             .collect();

@@ -33,10 +33,15 @@ impl AdamW {
         rate: f64,
         decay: f64,
     ) -> Result<()> {
-        let keep = (1.0 - rate * decay) as f32;
         let scale = (rate / (1.0 - f64::from(BETA_1).powi(step as i32))) as f32;
         let correction = (1.0 / (1.0 - f64::from(BETA_2).powi(step as i32))) as f32;
         for (var, (first, second)) in vars.iter().zip(&mut self.moments) {
+            // Decay is for matrices; norms are scales around 1.
+            let keep = if var.rank() == 1 {
+                1.0
+            } else {
+                (1.0 - rate * decay) as f32
+            };
             let grad = grads
                 .get(var.as_tensor())
                 .context("every weight has a gradient")?;

@@ -5,25 +5,28 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use candle_core::{Device, Tensor};
 use clap::Args;
 use gogrid_testmodels::demo::task_prompts;
 use gogrid_testmodels::tasks::{Split, Task};
 use gogrid_testmodels::vocab::Encoder;
 
-use crate::data::Batch;
+use crate::data::{Batch, Mix};
 use crate::model::Model;
 use crate::ops::with_slice;
 use crate::optim::AdamW;
 
-/// `steps:rate_from:rate_to:decay`; the rate falls along a half cosine.
+/// `steps:rate_from:rate_to:decay`; the rate falls along a half cosine. With `:weekdays` behind it, a stage trains
+/// on weekdays alone, in half batches; with `:differences`, half of the questions are differences. `1500/2500` for the steps is the first 1,500 steps of a curve made for 2,500.
 #[derive(Debug, Clone)]
 pub struct Stage {
     steps: usize,
+    curve: usize,
     from: f64,
     to: f64,
     decay: f64,
+    mix: Mix,
 }
 
 impl FromStr for Stage {
@@ -31,12 +34,24 @@ impl FromStr for Stage {
 
     fn from_str(text: &str) -> Result<Self> {
         let parts: Vec<&str> = text.split(':').collect();
-        ensure!(parts.len() == 4, "a stage is steps:rate_from:rate_to:decay");
+        let (steps, curve) = parts[0].split_once('/').unwrap_or((parts[0], parts[0]));
+        ensure!(
+            (4..=5).contains(&parts.len()),
+            "a stage is steps:rate_from:rate_to:decay[:mix]"
+        );
+        let mix = match parts.get(4) {
+            None => Mix::Even,
+            Some(&"weekdays") => Mix::Weekdays,
+            Some(&"differences") => Mix::Differences,
+            Some(other) => bail!("{other}: the mix is weekdays or differences"),
+        };
         Ok(Self {
-            steps: parts[0].parse()?,
+            steps: steps.parse()?,
+            curve: curve.parse()?,
             from: parts[1].parse()?,
             to: parts[2].parse()?,
             decay: parts[3].parse()?,
+            mix,
         })
     }
 }
@@ -65,15 +80,19 @@ const WARM_UP: usize = 100;
 const REPORT: usize = 250;
 const CHECKPOINT: usize = 500;
 
-/// Learning rate and decay at a step (from 1), or none after the last stage.
-fn plan(stages: &[Stage], step: usize) -> Option<(f64, f64)> {
+/// Learning rate, decay and mix of tasks at a step (from 1), or none after the last stage.
+fn plan(stages: &[Stage], step: usize) -> Option<(f64, f64, Mix)> {
     let mut done = step - 1;
     for stage in stages {
         if done < stage.steps {
-            let progress = done as f64 / stage.steps as f64;
+            let progress = done as f64 / stage.curve as f64;
             let share = 0.5 * (1.0 + (std::f64::consts::PI * progress).cos());
             let rate = stage.to + (stage.from - stage.to) * share;
-            return Some((rate * (step as f64 / WARM_UP as f64).min(1.0), stage.decay));
+            return Some((
+                rate * (step as f64 / WARM_UP as f64).min(1.0),
+                stage.decay,
+                stage.mix,
+            ));
         }
         done -= stage.steps;
     }
@@ -93,9 +112,14 @@ pub fn train(args: &TrainArgs) -> Result<()> {
     let clock = Instant::now();
     let first = step;
     let (mut loss_sum, mut loss_count) = (0.0, 0);
-    while let Some((rate, decay)) = plan(&args.stages, step + 1) {
+    while let Some((rate, decay, mix)) = plan(&args.stages, step + 1) {
         step += 1;
-        let batch = Batch::training(&encoder, args.seed, step, args.batch)?;
+        let size = if mix == Mix::Weekdays {
+            args.batch / 2
+        } else {
+            args.batch
+        };
+        let batch = Batch::training(&encoder, args.seed, step, size, mix.turns())?;
         let loss = candle_nn::loss::cross_entropy(&model.logits(&batch)?, &batch.targets)?;
         optimiser.step(&model.vars, &loss.backward()?, step, rate, decay)?;
         loss_sum += f64::from(loss.to_scalar::<f32>()?);
