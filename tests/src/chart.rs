@@ -48,7 +48,17 @@ pub async fn render_as(name: &str, namespace: &str, values: &Value) -> Result<St
     let mut file = tempfile::NamedTempFile::new()?;
     file.write_all(values.to_string().as_bytes())?;
     let chart = dir();
-    helm(&["template".as_ref(), name.as_ref(), chart.as_os_str(), KUBE_VERSION.as_ref(), "--namespace".as_ref(), namespace.as_ref(), "--values".as_ref(), file.path().as_os_str()]).await
+    helm(&[
+        "template".as_ref(),
+        name.as_ref(),
+        chart.as_os_str(),
+        KUBE_VERSION.as_ref(),
+        "--namespace".as_ref(),
+        namespace.as_ref(),
+        "--values".as_ref(),
+        file.path().as_os_str(),
+    ])
+    .await
 }
 
 /// Runs helm without any cluster, reading and writing nothing of the user's home, and returns its standard output.
@@ -103,11 +113,16 @@ pub async fn install(control_plane: &ControlPlane, namespace: &str, values: &Val
 
 /// Waits until the confinement of agents to their nodes is in force (`active`) or no longer.
 pub async fn until_confinement_is(control_plane: &ControlPlane, namespace: &str, active: bool) -> Result<()> {
-    let unbound = control_plane.client_for_token(&control_plane.token_for_sa(namespace, AGENT).await?).await?;
+    let unbound = control_plane
+        .client_for_token(&control_plane.token_for_sa(namespace, AGENT).await?)
+        .await?;
     if active {
         return until_refused("the confinement binding to be active", || try_gpu_node(&unbound)).await;
     }
-    eventually(ACTIVE_WITHIN, "the confinement binding to be gone", || async { try_gpu_node(&unbound).await.map_err(Into::into) }).await
+    eventually(ACTIVE_WITHIN, "the confinement binding to be gone", || async {
+        try_gpu_node(&unbound).await.map_err(Into::into)
+    })
+    .await
 }
 
 /// A client that acts as `user` in `groups`, by the admin's right to impersonate.
@@ -115,7 +130,9 @@ pub async fn client_as(control_plane: &ControlPlane, user: &str, groups: &[&str]
     let kubeconfig = Kubeconfig::read_from(control_plane.admin_kubeconfig())?;
     let mut config = kube::Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?;
     // As headers: kube reads the kubeconfig's own words for this and then ignores them.
-    let named = |name: &'static str, value: &str| Ok::<_, http::header::InvalidHeaderValue>((HeaderName::from_static(name), value.parse()?));
+    let named = |name: &'static str, value: &str| {
+        Ok::<_, http::header::InvalidHeaderValue>((HeaderName::from_static(name), value.parse()?))
+    };
     config.headers.push(named("impersonate-user", user)?);
     for group in groups {
         config.headers.push(named("impersonate-group", group)?);
@@ -150,8 +167,14 @@ async fn try_gpu_node(client: &Client) -> Result<(), kube::Error> {
         "metadata": {"name": "nobody"}, "spec": {"nodeName": "nobody"},
     }))
     .map_err(kube::Error::SerdeError)?;
-    let parameters = PostParams { dry_run: true, ..PostParams::default() };
-    Api::<DynamicObject>::all_with(client.clone(), &kind).create(&parameters, &object).await.map(drop)
+    let parameters = PostParams {
+        dry_run: true,
+        ..PostParams::default()
+    };
+    Api::<DynamicObject>::all_with(client.clone(), &kind)
+        .create(&parameters, &object)
+        .await
+        .map(drop)
 }
 
 fn intruder_binding() -> Value {

@@ -1,0 +1,233 @@
+//! The rows of the matrix: what an agent writes for its node, and what it might try beyond.
+
+use gogrid_api::names;
+use serde_json::{Value, json};
+
+use crate::attempt::{Attempt, Verb};
+use crate::world::{NAMESPACE, World, typed};
+
+pub(crate) const GOGRID: &str = "/apis/gogrid.dev/v1alpha1";
+pub(crate) const COORDINATION: &str = "/apis/coordination.k8s.io/v1";
+pub(crate) const GPU_NODES: &str = "/apis/gogrid.dev/v1alpha1/gpunodes";
+pub(crate) const JOBS: &str = "/apis/gogrid.dev/v1alpha1/namespaces/default/inferencejobs";
+
+pub(crate) fn assignments() -> String {
+    format!("{GOGRID}/namespaces/{NAMESPACE}/assignments")
+}
+
+pub(crate) fn leases() -> String {
+    format!("{COORDINATION}/namespaces/{NAMESPACE}/leases")
+}
+
+pub(crate) fn config_maps() -> String {
+    format!("/api/v1/namespaces/{NAMESPACE}/configmaps")
+}
+
+fn assignment_name(node: &str) -> String {
+    format!("job-of-{node}-1")
+}
+
+pub(crate) fn assignment_path(node: &str) -> String {
+    format!("{}/{}", assignments(), assignment_name(node))
+}
+
+pub(crate) fn gpu_node_path(node: &str) -> String {
+    format!("{GPU_NODES}/{node}")
+}
+
+pub(crate) fn lease_path(node: &str) -> String {
+    format!("{}/{}", leases(), names::node_lease(node))
+}
+
+pub(crate) fn chunk_path(node: &str) -> String {
+    format!(
+        "{}/{}",
+        config_maps(),
+        names::result_chunk(&assignment_name(node), 0)
+    )
+}
+
+pub(crate) fn gpu_node(node: &str) -> Value {
+    typed(
+        "gogrid.dev/v1alpha1",
+        "GpuNode",
+        json!({"metadata": {"name": node}, "spec": {"nodeName": node}}),
+    )
+}
+
+pub(crate) fn lease(node: &str) -> Value {
+    let spec = json!({"holderIdentity": "boot/instance", "leaseDurationSeconds": 40});
+    typed(
+        "coordination.k8s.io/v1",
+        "Lease",
+        json!({"metadata": {"name": names::node_lease(node)}, "spec": spec}),
+    )
+}
+
+pub(crate) fn assignment(node: &str) -> Value {
+    let spec = json!({
+        "kind": "Run", "job": {"namespace": "default", "name": "a-job", "uid": format!("job-of-{node}")}, "epoch": 1, "term": 1,
+        "nodeName": node, "session": "boot/instance", "model": {"uri": "file:/srv/m.gguf", "sha256": "0".repeat(64)},
+        "contextTokens": 512, "parallelSequences": 1,
+    });
+    typed(
+        "gogrid.dev/v1alpha1",
+        "Assignment",
+        json!({"metadata": {"name": assignment_name(node)}, "spec": spec}),
+    )
+}
+
+pub(crate) fn job() -> Value {
+    let spec = json!({
+        "model": {"uri": "file:/srv/m.gguf", "sha256": "0".repeat(64)},
+        "input": {"inline": ["{}"]}, "output": {"configMap": "out"},
+    });
+    typed(
+        "gogrid.dev/v1alpha1",
+        "InferenceJob",
+        json!({"metadata": {"name": "a-job"}, "spec": spec}),
+    )
+}
+
+/// The n-th chunk of the node's assignment, in every way as it must be.
+pub(crate) async fn chunk(world: &World, node: &str, n: u32) -> Value {
+    let assignment = assignment_name(node);
+    let uid = world.stored(&assignment_path(node)).await["metadata"]["uid"].clone();
+    typed(
+        "v1",
+        "ConfigMap",
+        json!({
+            "metadata": {
+                "name": names::result_chunk(&assignment, n),
+                "labels": {names::NODE_LABEL: node, names::ASSIGNMENT_LABEL: assignment, names::ROLE_LABEL: "result"},
+                "ownerReferences": [{"apiVersion": "gogrid.dev/v1alpha1", "kind": "Assignment", "name": assignment, "uid": uid}],
+            },
+            "data": {names::RESULTS_KEY: "{}"},
+        }),
+    )
+}
+
+fn without(mut object: Value, pointer: &str, field: &str) -> Value {
+    if let Some(parent) = object.pointer_mut(pointer).and_then(Value::as_object_mut) {
+        parent.remove(field);
+    }
+    object
+}
+
+/// Everything that the agent of `node` may write for it.
+pub(crate) async fn writes(world: &World, node: &str) -> Vec<Attempt> {
+    let (assignment, gpu, beat, results) = (
+        assignment_path(node),
+        gpu_node_path(node),
+        lease_path(node),
+        chunk_path(node),
+    );
+    let claimed = json!({"status": {"state": "Claimed"}});
+    let seen = json!({"status": {"session": "boot/instance", "agentVersion": "0.1.0"}});
+    let type_of = |kind: &str, body: &Value| typed("gogrid.dev/v1alpha1", kind, body.clone());
+    let mut renewed = world.stored(&beat).await;
+    renewed["spec"]["holderIdentity"] = json!("boot/next");
+    let mut answered = without(world.stored(&results).await, "/metadata", "managedFields");
+    answered["data"][names::RESULTS_KEY] = json!("{}\n{}");
+    vec![
+        Attempt::with(Verb::Merge, format!("{assignment}/status"), claimed.clone()),
+        Attempt::with(
+            Verb::Apply,
+            format!("{assignment}/status"),
+            type_of("Assignment", &claimed),
+        ),
+        Attempt::with(Verb::Create, GPU_NODES, gpu_node(node)),
+        Attempt::with(
+            Verb::Merge,
+            &gpu,
+            json!({"metadata": {"labels": {"seen": "yes"}}}),
+        ),
+        Attempt::with(Verb::Apply, &gpu, gpu_node(node)),
+        Attempt::with(Verb::Merge, format!("{gpu}/status"), seen.clone()),
+        Attempt::with(Verb::Apply, format!("{gpu}/status"), type_of("GpuNode", &seen)),
+        Attempt::with(Verb::Create, leases(), lease(node)),
+        Attempt::with(Verb::Update, &beat, renewed),
+        Attempt::with(
+            Verb::Merge,
+            &beat,
+            json!({"spec": {"holderIdentity": "boot/next"}}),
+        ),
+        Attempt::with(Verb::Apply, &beat, lease(node)),
+        Attempt::with(Verb::Create, config_maps(), chunk(world, node, 7).await),
+        Attempt::with(Verb::Update, &results, answered),
+        Attempt::with(Verb::Merge, &results, json!({"data": {names::RESULTS_KEY: "{}"}})),
+        Attempt::with(Verb::Apply, &results, chunk(world, node, 0).await),
+    ]
+}
+
+/// What the agent of `own` might try in order to write what is not its own, or to hide what it wrote.
+pub(crate) async fn disguises(world: &World, own: &str, other: &str) -> Vec<Attempt> {
+    let good = chunk(world, own, 7).await;
+    let create = |body: Value, note| Attempt::with(Verb::Create, config_maps(), body).noted(note);
+    let change = |path: String, body: Value, note| Attempt::with(Verb::Merge, path, body).noted(note);
+    let renamed = |name: String| {
+        let mut body = good.clone();
+        body["metadata"]["name"] = json!(name);
+        body
+    };
+    let mut of_a_map = good.clone();
+    of_a_map["metadata"]["ownerReferences"][0]["kind"] = json!("ConfigMap");
+    of_a_map["metadata"]["ownerReferences"][0]["apiVersion"] = json!("v1");
+    let mut of_two = good.clone();
+    let second = json!({"apiVersion": "v1", "kind": "Node", "name": own, "uid": "0"});
+    if let Some(owners) = of_two["metadata"]["ownerReferences"].as_array_mut() {
+        owners.push(second);
+    }
+    let mut other_lease = lease(own);
+    other_lease["metadata"]["name"] = json!("node-third");
+    let label = |node: Value| json!({"metadata": {"labels": {names::NODE_LABEL: node}}});
+    let (staged, presets) = (
+        format!("{}/input-of-a-job", config_maps()),
+        format!("{}/gogrid-presets", config_maps()),
+    );
+    vec![
+        create(without(good.clone(), "/metadata", "labels"), "no label"),
+        create(without(good.clone(), "/metadata", "ownerReferences"), "no owner"),
+        create(of_a_map, "owner of another kind"),
+        create(of_two, "two owners"),
+        create(
+            renamed(names::result_chunk(&assignment_name(other), 7)),
+            "named after another's assignment",
+        ),
+        create(
+            renamed("input-of-another-job-0".into()),
+            "named as a staged input",
+        ),
+        create(renamed("result-0".into()), "no assignment in the name"),
+        change(
+            chunk_path(own),
+            label(json!(other)),
+            "own chunk labelled as another's",
+        ),
+        change(chunk_path(own), label(Value::Null), "label taken off"),
+        change(
+            chunk_path(own),
+            json!({"metadata": {"ownerReferences": null}}),
+            "owner taken off",
+        ),
+        change(
+            chunk_path(other),
+            label(json!(own)),
+            "another's chunk labelled as own",
+        ),
+        change(
+            staged.clone(),
+            json!({"data": {names::INPUT_KEY: "{}"}}),
+            "a staged input",
+        ),
+        change(staged, label(json!(own)), "a staged input labelled as own"),
+        change(presets, json!({"data": {"presets.yaml": ""}}), "the presets"),
+        change(
+            format!("{}/result-of-nobody", config_maps()),
+            label(json!(own)),
+            "a stray",
+        ),
+        Attempt::with(Verb::Create, GPU_NODES, gpu_node("third")).noted("a node that is not there"),
+        Attempt::with(Verb::Create, leases(), other_lease).noted("a lease of no node"),
+    ]
+}

@@ -1,0 +1,179 @@
+//! The control plane of this test binary: the chart installed, two nodes, their agents and what those have written.
+
+use std::sync::Arc;
+
+use gogrid_tests::chart;
+use gogrid_tests::controlplane::ControlPlane;
+use kube::Client;
+use serde_json::{Value, json};
+use tokio::sync::{OnceCell, RwLock};
+
+use crate::attempt::{Attempt, Verb};
+use crate::matrix;
+
+/// GoGrid's own namespace here.
+pub(crate) const NAMESPACE: &str = "gogrid-system";
+/// The two nodes whose agents are confined.
+pub(crate) const NODES: [&str; 2] = ["node-a", "node-b"];
+/// Name of the confinement policy and of its binding.
+pub(crate) const CONFINEMENT: &str = "gogrid-node-confinement";
+
+/// What every test of this binary shares; clients are made anew, because each test has its own runtime.
+pub(crate) struct World {
+    pub(crate) plane: Arc<ControlPlane>,
+    /// Held for writing by the one test that takes a policy away.
+    pub(crate) policies: RwLock<()>,
+    operator_token: String,
+}
+
+static WORLD: OnceCell<World> = OnceCell::const_new();
+
+impl World {
+    /// The world, made by whoever asks first.
+    pub(crate) async fn get() -> &'static World {
+        WORLD.get_or_init(Self::make).await
+    }
+
+    async fn make() -> World {
+        let plane = ControlPlane::shared().await.unwrap();
+        chart::install(&plane, NAMESPACE, &json!({})).await.unwrap();
+        let operator_token = plane.token_for_sa(NAMESPACE, chart::OPERATOR).await.unwrap();
+        let world = World {
+            plane,
+            policies: RwLock::new(()),
+            operator_token,
+        };
+        world
+            .put(
+                Verb::Create,
+                "/api/v1/namespaces/default/secrets",
+                json!({"metadata": {"name": "a-secret"}}),
+            )
+            .await;
+        world
+            .put(
+                Verb::Create,
+                "/api/v1/namespaces/default/configmaps",
+                json!({"metadata": {"name": "an-input"}}),
+            )
+            .await;
+        for name in ["input-of-a-job", "result-of-nobody"] {
+            world
+                .put(
+                    Verb::Create,
+                    &format!("/api/v1/namespaces/{NAMESPACE}/configmaps"),
+                    json!({"metadata": {"name": name}}),
+                )
+                .await;
+        }
+        world
+            .put(
+                Verb::Create,
+                "/apis/coordination.k8s.io/v1/namespaces/kube-system/leases",
+                json!({"metadata": {"name": "gogrid-leader"}, "spec": {"leaseTransitions": 1}}),
+            )
+            .await;
+        world.put(Verb::Create, matrix::JOBS, matrix::job()).await;
+        let preset =
+            json!({"metadata": {"name": "conservative"}, "spec": gogrid_api::profile::presets()[0].1});
+        world
+            .put(
+                Verb::Create,
+                "/apis/gogrid.dev/v1alpha1/resourceprofiles",
+                typed("gogrid.dev/v1alpha1", "ResourceProfile", preset),
+            )
+            .await;
+        for node in NODES {
+            let made = world.plane.create_node(node).await.unwrap();
+            world.add_gpu_node(node, made.metadata.uid.as_deref()).await;
+            world.add_lease(node).await;
+            world.add_assignment(node).await;
+            world.add_chunk(node).await;
+        }
+        world
+    }
+
+    async fn put(&self, verb: Verb, path: &str, body: Value) {
+        let admin = self.plane.admin_client().await.unwrap();
+        let done = Attempt::with(verb, path, body).for_good().answer(&admin).await;
+        done.unwrap_or_else(|error| panic!("{path}: {error}"));
+    }
+
+    /// A client with the token of the agent's pod on `node`; the pod is made when there is none.
+    pub(crate) async fn agent(&self, node: &str) -> Client {
+        let pod = format!("{}-{node}", chart::AGENT);
+        let token = match self.plane.token_bound_to_pod(NAMESPACE, chart::AGENT, &pod).await {
+            Ok(token) => token,
+            Err(_absent) => {
+                // Another test may be making it at this moment.
+                let _ = self.plane.create_agent_pod(node, NAMESPACE, chart::AGENT).await;
+                self.plane
+                    .token_bound_to_pod(NAMESPACE, chart::AGENT, &pod)
+                    .await
+                    .unwrap()
+            }
+        };
+        self.plane.client_for_token(&token).await.unwrap()
+    }
+
+    /// A client with the operator's token.
+    pub(crate) async fn operator(&self) -> Client {
+        self.plane.client_for_token(&self.operator_token).await.unwrap()
+    }
+
+    /// What is stored at `path`, as the admin sees it.
+    pub(crate) async fn stored(&self, path: &str) -> Value {
+        let admin = self.plane.admin_client().await.unwrap();
+        Attempt::new(Verb::Get, path)
+            .answer(&admin)
+            .await
+            .unwrap_or_else(|error| panic!("{path}: {error}"))
+    }
+
+    /// The node's agent makes its GpuNode, owned by the Node where its uid is given.
+    pub(crate) async fn add_gpu_node(&self, node: &str, uid: Option<&str>) {
+        let mut object = matrix::gpu_node(node);
+        if let Some(uid) = uid {
+            object["metadata"]["ownerReferences"] =
+                json!([{"apiVersion": "v1", "kind": "Node", "name": node, "uid": uid}]);
+        }
+        self.by_agent(node, matrix::GPU_NODES, object).await;
+    }
+
+    /// The node's agent makes its Lease.
+    pub(crate) async fn add_lease(&self, node: &str) {
+        self.by_agent(node, &matrix::leases(), matrix::lease(node)).await;
+    }
+
+    /// The operator orders something of the node.
+    pub(crate) async fn add_assignment(&self, node: &str) {
+        let operator = self.operator().await;
+        let order = Attempt::with(Verb::Create, matrix::assignments(), matrix::assignment(node)).for_good();
+        order
+            .answer(&operator)
+            .await
+            .unwrap_or_else(|error| panic!("{order}: {error}"));
+    }
+
+    /// The node's agent writes its first chunk of results.
+    pub(crate) async fn add_chunk(&self, node: &str) {
+        let chunk = matrix::chunk(self, node, 0).await;
+        self.by_agent(node, &matrix::config_maps(), chunk).await;
+    }
+
+    async fn by_agent(&self, node: &str, path: &str, body: Value) {
+        let agent = self.agent(node).await;
+        let write = Attempt::with(Verb::Create, path, body).for_good();
+        write
+            .answer(&agent)
+            .await
+            .unwrap_or_else(|error| panic!("{write}: {error}"));
+    }
+}
+
+/// `body` with its type.
+pub(crate) fn typed(api_version: &str, kind: &str, mut body: Value) -> Value {
+    body["apiVersion"] = json!(api_version);
+    body["kind"] = json!(kind);
+    body
+}
