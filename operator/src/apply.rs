@@ -8,7 +8,9 @@ use crate::inputs;
 use crate::publish;
 use gogrid_api::assignment::{JobReference, StagedInput, Stop};
 use gogrid_api::names::{INPUT_KEY, JOB_UID_LABEL, OPERATOR_MANAGER, ROLE_LABEL};
-use gogrid_api::{Assignment, InferenceJob, InferenceJobStatus, ResourceProfile, ResourceProfileStatus, names};
+use gogrid_api::{
+    Assignment, InferenceJob, InferenceJobStatus, ResourceProfile, ResourceProfileStatus, names,
+};
 use gogrid_planner::lifecycle::{Publication, Refusal};
 use k8s_openapi::api::core::v1::ConfigMap;
 use k8s_openapi::api::events::v1::Event;
@@ -115,7 +117,10 @@ pub(crate) fn apply_params() -> PatchParams {
 }
 
 pub(crate) fn post_params() -> PostParams {
-    PostParams { field_manager: Some(OPERATOR_MANAGER.into()), ..PostParams::default() }
+    PostParams {
+        field_manager: Some(OPERATOR_MANAGER.into()),
+        ..PostParams::default()
+    }
 }
 
 /// 404 is the answer that was hoped for.
@@ -133,7 +138,10 @@ impl Executor {
 
     fn own<K>(&self) -> Api<K>
     where
-        K: Resource<Scope = k8s_openapi::NamespaceResourceScope, DynamicType = ()> + DeserializeOwned + Clone + Debug,
+        K: Resource<Scope = k8s_openapi::NamespaceResourceScope, DynamicType = ()>
+            + DeserializeOwned
+            + Clone
+            + Debug,
     {
         Api::namespaced(self.client.clone(), &self.namespace)
     }
@@ -156,16 +164,28 @@ impl Executor {
             Op::Create(assignment) => self.create(&assignment).await,
             Op::CreateIfStill(assignment) => self.create_if_still(job?, &assignment).await,
             Op::Stop(assignment, stop) => self.stop(&assignment, &stop).await,
-            Op::Publish(runs, expected) => Ok(Fact::Published(publish::publish(self, job?, &runs, expected).await?)),
+            Op::Publish(runs, expected) => Ok(Fact::Published(
+                publish::publish(self, job?, &runs, expected).await?,
+            )),
             Op::DeleteAssignment(assignment) => {
                 let api: Api<Assignment> = self.own();
-                absent_is_fine(api.delete(&assignment.name_any(), &exactly(&assignment.metadata)).await)?;
-                Ok(Fact::AssignmentGone { name: assignment.name_any(), uid: assignment.uid().unwrap_or_default() })
+                absent_is_fine(
+                    api.delete(&assignment.name_any(), &exactly(&assignment.metadata))
+                        .await,
+                )?;
+                Ok(Fact::AssignmentGone {
+                    name: assignment.name_any(),
+                    uid: assignment.uid().unwrap_or_default(),
+                })
             }
             Op::DeleteInputs(uid) => self.delete_inputs(&uid).await,
             Op::DeleteJob => {
                 let job = job?;
-                absent_is_fine(self.jobs(job).delete(&job.name_any(), &exactly(&job.metadata)).await)?;
+                absent_is_fine(
+                    self.jobs(job)
+                        .delete(&job.name_any(), &exactly(&job.metadata))
+                        .await,
+                )?;
                 Ok(Fact::JobGone)
             }
         }
@@ -179,12 +199,22 @@ impl Executor {
             "metadata": {"name": job.name_any(), "namespace": job.namespace(), "uid": job.uid(), "resourceVersion": job.resource_version()},
             "status": status,
         });
-        let written = self.jobs(job).patch_status(&job.name_any(), &apply_params(), &Patch::Apply(&patch)).await?;
+        let written = self
+            .jobs(job)
+            .patch_status(&job.name_any(), &apply_params(), &Patch::Apply(&patch))
+            .await?;
         let api: Api<Event> = Api::namespaced(self.client.clone(), &job.namespace().unwrap_or_default());
         for told in told {
             // An event that can't be told (a namespace on its way out) must not hold the job up.
-            if let Err(error) = api.create(&post_params(), &events::object(job, &told, &self.reporter)).await {
-                tracing::warn!(error = crate::error_text(&error), reason = told.reason, "an event was not told");
+            if let Err(error) = api
+                .create(&post_params(), &events::object(job, &told, &self.reporter))
+                .await
+            {
+                tracing::warn!(
+                    error = crate::error_text(&error),
+                    reason = told.reason,
+                    "an event was not told"
+                );
             }
         }
         Ok(Fact::Job(Box::new(written)))
@@ -194,11 +224,18 @@ impl Executor {
         let cut = match (&job.spec.input.inline, &job.spec.input.config_map_ref) {
             (Some(lines), _) => inputs::cut(lines.iter().map(String::as_str)),
             (None, Some(reference)) => {
-                let api: Api<ConfigMap> = Api::namespaced(self.client.clone(), &job.namespace().unwrap_or_default());
+                let api: Api<ConfigMap> =
+                    Api::namespaced(self.client.clone(), &job.namespace().unwrap_or_default());
                 match api.get_opt(&reference.name).await? {
-                    None => Err(not_found(format!("ConfigMap {} does not exist in this namespace", reference.name))),
+                    None => Err(not_found(&format!(
+                        "ConfigMap {} does not exist in this namespace",
+                        reference.name
+                    ))),
                     Some(map) => match text(&map, &reference.key) {
-                        None => Err(not_found(format!("ConfigMap {} has no text under key {}", reference.name, reference.key))),
+                        None => Err(not_found(&format!(
+                            "ConfigMap {} has no text under key {}",
+                            reference.name, reference.key
+                        ))),
                         Some(text) => inputs::cut(text.lines()),
                     },
                 }
@@ -221,7 +258,11 @@ impl Executor {
                 "data": {INPUT_KEY: part.text},
             });
             api.patch(&name, &apply_params(), &Patch::Apply(&patch)).await?;
-            staged.push(StagedInput { config_map: name, first_line: part.first_line, records: part.records });
+            staged.push(StagedInput {
+                config_map: name,
+                first_line: part.first_line,
+                records: part.records,
+            });
         }
         Ok(Fact::Staged(staged))
     }
@@ -233,8 +274,14 @@ impl Executor {
             Err(kube::Error::Api(status)) if status.code == 409 => {
                 let there = api.get(&assignment.name_any()).await?;
                 let (mine, theirs) = (&assignment.spec, &there.spec);
-                let same = mine.job.uid == theirs.job.uid && mine.epoch == theirs.epoch && mine.node_name == theirs.node_name;
-                if same { Ok(Fact::Assignment(Box::new(there))) } else { Err(StepError::Taken(there.name_any())) }
+                let same = mine.job.uid == theirs.job.uid
+                    && mine.epoch == theirs.epoch
+                    && mine.node_name == theirs.node_name;
+                if same {
+                    Ok(Fact::Assignment(Box::new(there)))
+                } else {
+                    Err(StepError::Taken(there.name_any()))
+                }
             }
             Err(error) => Err(error.into()),
         }
@@ -242,7 +289,10 @@ impl Executor {
 
     async fn create_if_still(&self, job: &InferenceJob, assignment: &Assignment) -> Result<Fact, StepError> {
         let now = self.jobs(job).get(&job.name_any()).await?;
-        if now.uid() != job.uid() || now.resource_version() != job.resource_version() || now.metadata.deletion_timestamp.is_some() {
+        if now.uid() != job.uid()
+            || now.resource_version() != job.resource_version()
+            || now.metadata.deletion_timestamp.is_some()
+        {
             return Err(StepError::MovedOn);
         }
         self.create(assignment).await
@@ -250,8 +300,14 @@ impl Executor {
 
     async fn stop(&self, assignment: &Assignment, stop: &Stop) -> Result<Fact, StepError> {
         let patch = json!({"metadata": {"uid": assignment.uid(), "resourceVersion": assignment.resource_version()}, "spec": {"stop": stop}});
-        let params = PatchParams { field_manager: Some(OPERATOR_MANAGER.into()), ..PatchParams::default() };
-        let written = self.own::<Assignment>().patch(&assignment.name_any(), &params, &Patch::Merge(&patch)).await?;
+        let params = PatchParams {
+            field_manager: Some(OPERATOR_MANAGER.into()),
+            ..PatchParams::default()
+        };
+        let written = self
+            .own::<Assignment>()
+            .patch(&assignment.name_any(), &params, &Patch::Merge(&patch))
+            .await?;
         Ok(Fact::Assignment(Box::new(written)))
     }
 
@@ -267,12 +323,22 @@ impl Executor {
     /// Uids of jobs that inputs are staged for.
     pub(crate) async fn staged_uids(&self) -> Result<BTreeSet<String>, StepError> {
         let api: Api<ConfigMap> = self.own();
-        let all = api.list_metadata(&ListParams::default().labels(&format!("{ROLE_LABEL}=input"))).await?;
-        Ok(all.items.into_iter().filter_map(|m| m.labels().get(JOB_UID_LABEL).cloned()).collect())
+        let all = api
+            .list_metadata(&ListParams::default().labels(&format!("{ROLE_LABEL}=input")))
+            .await?;
+        Ok(all
+            .items
+            .into_iter()
+            .filter_map(|m| m.labels().get(JOB_UID_LABEL).cloned())
+            .collect())
     }
 
     /// A profile's status.
-    pub(crate) async fn write_profile(&self, profile: &ResourceProfile, status: &ResourceProfileStatus) -> Result<ResourceProfile, StepError> {
+    pub(crate) async fn write_profile(
+        &self,
+        profile: &ResourceProfile,
+        status: &ResourceProfileStatus,
+    ) -> Result<ResourceProfile, StepError> {
         let api: Api<ResourceProfile> = Api::all(self.client.clone());
         let patch = json!({
             "apiVersion": ResourceProfile::api_version(&()),
@@ -280,11 +346,16 @@ impl Executor {
             "metadata": {"name": profile.name_any(), "uid": profile.uid(), "resourceVersion": profile.resource_version()},
             "status": status,
         });
-        Ok(api.patch_status(&profile.name_any(), &apply_params(), &Patch::Apply(&patch)).await?)
+        Ok(api
+            .patch_status(&profile.name_any(), &apply_params(), &Patch::Apply(&patch))
+            .await?)
     }
 
     /// Creates profiles that are absent; one that exists stays as it is.
-    pub(crate) async fn create_absent_profiles(&self, profiles: Vec<ResourceProfile>) -> Result<(), StepError> {
+    pub(crate) async fn create_absent_profiles(
+        &self,
+        profiles: Vec<ResourceProfile>,
+    ) -> Result<(), StepError> {
         let api: Api<ResourceProfile> = Api::all(self.client.clone());
         for profile in profiles {
             if api.get_metadata_opt(&profile.name_any()).await?.is_some() {
@@ -301,23 +372,43 @@ impl Executor {
 
     /// Text of the presets' ConfigMap, if there is one.
     pub(crate) async fn presets_text(&self) -> Result<Option<String>, StepError> {
-        let map = self.own::<ConfigMap>().get_opt(crate::presets::CONFIG_MAP).await?;
+        let map = self
+            .own::<ConfigMap>()
+            .get_opt(crate::presets::CONFIG_MAP)
+            .await?;
         Ok(map.and_then(|m| text(&m, crate::presets::KEY)))
     }
 }
 
-fn not_found(message: String) -> Refusal {
-    Refusal { word: "InputNotFound", message: format!("{message}: create it, it is looked for again every few seconds") }
+fn not_found(message: &str) -> Refusal {
+    Refusal {
+        word: "InputNotFound",
+        message: format!("{message}: create it, it is looked for again every few seconds"),
+    }
 }
 
 /// A key's text, also where it was stored as bytes.
 fn text(map: &ConfigMap, key: &str) -> Option<String> {
-    let plain = map.data.as_ref().and_then(|d: &BTreeMap<String, String>| d.get(key).cloned());
-    plain.or_else(|| map.binary_data.as_ref()?.get(key).and_then(|b| String::from_utf8(b.0.clone()).ok()))
+    let plain = map
+        .data
+        .as_ref()
+        .and_then(|d: &BTreeMap<String, String>| d.get(key).cloned());
+    plain.or_else(|| {
+        map.binary_data
+            .as_ref()?
+            .get(key)
+            .and_then(|b| String::from_utf8(b.0.clone()).ok())
+    })
 }
 
 /// Delete exactly this version of this object.
 fn exactly(metadata: &ObjectMeta) -> DeleteParams {
-    let preconditions = Preconditions { uid: metadata.uid.clone(), resource_version: metadata.resource_version.clone() };
-    DeleteParams { preconditions: Some(preconditions), ..DeleteParams::background() }
+    let preconditions = Preconditions {
+        uid: metadata.uid.clone(),
+        resource_version: metadata.resource_version.clone(),
+    };
+    DeleteParams {
+        preconditions: Some(preconditions),
+        ..DeleteParams::background()
+    }
 }

@@ -16,10 +16,16 @@ pub(crate) fn mono() -> Millis {
 }
 
 /// The wall clock in whole seconds, for times that people read.
-#[expect(clippy::disallowed_methods, reason = "the one place where the operator reads the wall clock")]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the one place where the operator reads the wall clock"
+)]
 pub(crate) fn wall() -> i64 {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    since.ok().and_then(|d| i64::try_from(d.as_secs()).ok()).unwrap_or(0)
+    since
+        .ok()
+        .and_then(|d| i64::try_from(d.as_secs()).ok())
+        .unwrap_or(0)
 }
 
 /// That many seconds since 1970, as the API writes it.
@@ -28,7 +34,10 @@ pub(crate) fn time(seconds: i64) -> Time {
 }
 
 /// The wall clock with microseconds, for Leases and events.
-#[expect(clippy::disallowed_methods, reason = "the one place where the operator reads the wall clock")]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the one place where the operator reads the wall clock"
+)]
 pub(crate) fn micro() -> Timestamp {
     Timestamp::try_from(std::time::SystemTime::now()).unwrap_or(Timestamp::UNIX_EPOCH)
 }

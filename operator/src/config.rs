@@ -78,7 +78,11 @@ pub(crate) enum ConfigError {
 impl Flags {
     /// Validates; `unique` tells this process from every other.
     pub(crate) fn validate(self, unique: &str) -> Result<Config, ConfigError> {
-        if let Some(bad) = self.model_roots.iter().find(|r| !r.starts_with('/') || r.split('/').any(|p| p == "..")) {
+        if let Some(bad) = self
+            .model_roots
+            .iter()
+            .find(|r| !r.starts_with('/') || r.split('/').any(|p| p == ".."))
+        {
             return Err(ConfigError::ModelRoot(bad.clone()));
         }
         if self.concurrency == 0 {
@@ -88,7 +92,11 @@ impl Flags {
             namespace: self.namespace,
             timing: LeaseTiming::from_lease(Millis(self.lease_duration_seconds.saturating_mul(1000)))?,
             metrics_addr: self.metrics_addr,
-            model_roots: self.model_roots.iter().map(|r| r.trim_end_matches('/').to_owned()).collect(),
+            model_roots: self
+                .model_roots
+                .iter()
+                .map(|r| r.trim_end_matches('/').to_owned())
+                .collect(),
             holder: format!("{}_{unique}", self.identity),
             log_format: self.log_format,
             concurrency: self.concurrency.into(),

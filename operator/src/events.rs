@@ -21,22 +21,49 @@ pub(crate) struct Told {
 }
 
 /// Reasons that are steps on the way and no news.
-const ON_THE_WAY: [&str; 6] = ["StagingInput", "InspectingModel", "Suspended", "Resumed", "Waiting", "BackingOff"];
+const ON_THE_WAY: [&str; 6] = [
+    "StagingInput",
+    "InspectingModel",
+    "Suspended",
+    "Resumed",
+    "Waiting",
+    "BackingOff",
+];
 
 /// What changed that people want to know.
 pub(crate) fn between(old: Option<&InferenceJobStatus>, new: &InferenceJobStatus) -> Vec<Told> {
     let default = InferenceJobStatus::default();
     let old = old.unwrap_or(&default);
     let mut told = vec![];
-    let mut tell = |warning, reason: &str, note: &str| told.push(Told { warning, reason: reason.into(), note: note.into() });
-    let reason = |s: &InferenceJobStatus, type_: &str| find(&s.conditions, type_).map(|c| (c.status, c.reason.clone()));
-    let message = |type_: &str| find(&new.conditions, type_).map(|c| c.message.clone()).unwrap_or_default();
+    let mut tell = |warning, reason: &str, note: &str| {
+        told.push(Told {
+            warning,
+            reason: reason.into(),
+            note: note.into(),
+        });
+    };
+    let reason = |s: &InferenceJobStatus, type_: &str| {
+        find(&s.conditions, type_).map(|c| (c.status, c.reason.clone()))
+    };
+    let message = |type_: &str| {
+        find(&new.conditions, type_)
+            .map(|c| c.message.clone())
+            .unwrap_or_default()
+    };
     let turned = |type_: &str| is_true(&new.conditions, type_) && !is_true(&old.conditions, type_);
     if new.epoch > old.epoch {
         let note = message(conditions::PLACED);
         tell(false, "Placed", &note);
-        if new.placement.as_ref().is_some_and(|p| p.stages.iter().any(|s| s.gpu_uuid == names::CPU_DEVICE)) {
-            tell(false, "CPUFallbackUsed", &format!("no GPU fits, the CPU serves: {note}"));
+        if new
+            .placement
+            .as_ref()
+            .is_some_and(|p| p.stages.iter().any(|s| s.gpu_uuid == names::CPU_DEVICE))
+        {
+            tell(
+                false,
+                "CPUFallbackUsed",
+                &format!("no GPU fits, the CPU serves: {note}"),
+            );
         }
     }
     let finished = turned(conditions::FINISHED);
@@ -54,7 +81,11 @@ pub(crate) fn between(old: Option<&InferenceJobStatus>, new: &InferenceJobStatus
         && !finished
         && !ON_THE_WAY.contains(&word.as_str())
     {
-        tell(true, "PlacementFailed", &format!("{word}: {}", message(conditions::PLACED)));
+        tell(
+            true,
+            "PlacementFailed",
+            &format!("{word}: {}", message(conditions::PLACED)),
+        );
     }
     if turned(conditions::LOADED) {
         tell(false, "Started", &message(conditions::LOADED));
@@ -70,8 +101,19 @@ pub(crate) fn between(old: Option<&InferenceJobStatus>, new: &InferenceJobStatus
             tell(false, "Finished", &message(conditions::FINISHED));
         } else {
             let word = reason(new, conditions::FINISHED).map_or_else(|| "Failed".into(), |(_, word)| word);
-            tell(true, "Failed", &format!("{word}: {}", message(conditions::FINISHED)));
-            if ["DeadlineExceeded", "BackoffLimitExceeded", "OutputConflict", "OutputTooLarge"].contains(&word.as_str()) {
+            tell(
+                true,
+                "Failed",
+                &format!("{word}: {}", message(conditions::FINISHED)),
+            );
+            if [
+                "DeadlineExceeded",
+                "BackoffLimitExceeded",
+                "OutputConflict",
+                "OutputTooLarge",
+            ]
+            .contains(&word.as_str())
+            {
                 tell(true, &word, &message(conditions::FINISHED));
             }
         }
@@ -84,7 +126,10 @@ pub(crate) fn object(job: &InferenceJob, told: &Told, reporter: &str) -> Event {
     Event {
         metadata: ObjectMeta {
             // A trailing dash is the only ending that the server takes for a prefix.
-            generate_name: Some(format!("{}-", job.name_any().chars().take(200).collect::<String>())),
+            generate_name: Some(format!(
+                "{}-",
+                job.name_any().chars().take(200).collect::<String>()
+            )),
             namespace: job.namespace(),
             ..ObjectMeta::default()
         },
@@ -93,7 +138,10 @@ pub(crate) fn object(job: &InferenceJob, told: &Told, reporter: &str) -> Event {
         reason: Some(told.reason.clone()),
         note: Some(told.note.chars().take(1000).collect()),
         type_: Some(if told.warning { "Warning" } else { "Normal" }.into()),
-        regarding: Some(ObjectReference { resource_version: None, ..job.object_ref(&()) }),
+        regarding: Some(ObjectReference {
+            resource_version: None,
+            ..job.object_ref(&())
+        }),
         reporting_controller: Some("gogrid.dev/operator".into()),
         reporting_instance: Some(reporter.chars().take(128).collect()),
         ..Event::default()
@@ -119,14 +167,24 @@ mod tests {
     fn a_reason_is_told_once_and_again_only_when_the_word_changes() {
         let mut job = job();
         let first = Draft::new(&job, 1).wait(&Reason::NoNodes).done();
-        assert_eq!(between(None, &first).iter().map(|t| t.reason.as_str()).collect::<Vec<_>>(), ["PlacementFailed"]);
+        assert_eq!(
+            between(None, &first)
+                .iter()
+                .map(|t| t.reason.as_str())
+                .collect::<Vec<_>>(),
+            ["PlacementFailed"]
+        );
         job.status = Some(first.clone());
         let same = Draft::new(&job, 2).wait(&Reason::NoNodes).done();
         assert_eq!(between(Some(&first), &same), []);
         assert_eq!(first, same, "an unchanged reason is an unchanged status");
-        let other = Draft::new(&job, 3).wait(&Reason::NodeNotReady { matching: 1 }).done();
+        let other = Draft::new(&job, 3)
+            .wait(&Reason::NodeNotReady { matching: 1 })
+            .done();
         assert_eq!(between(Some(&first), &other).len(), 1);
-        let quiet = Draft::new(&job, 4).wait(&Reason::InspectingModel { node: None }).done();
+        let quiet = Draft::new(&job, 4)
+            .wait(&Reason::InspectingModel { node: None })
+            .done();
         assert_eq!(between(Some(&first), &quiet), []);
     }
 }

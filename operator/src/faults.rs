@@ -44,7 +44,10 @@ pub(crate) struct Striker {
 
 impl Striker {
     pub(crate) fn new(fault: Fault) -> Self {
-        Self { fault, count: AtomicU64::new(0) }
+        Self {
+            fault,
+            count: AtomicU64::new(0),
+        }
     }
 
     /// A mutating request is about to be sent; returns its number.

@@ -68,7 +68,10 @@ impl<S> Layer<S> for GateLayer {
     type Service = Gate<S>;
 
     fn layer(&self, inner: S) -> Gate<S> {
-        Gate { inner, layer: self.clone() }
+        Gate {
+            inner,
+            layer: self.clone(),
+        }
     }
 }
 
@@ -84,11 +87,15 @@ fn mutates(method: &Method) -> bool {
 
 /// Leases are how leadership is won, self-reviews and dry runs change nothing.
 fn exempt(path: &str, query: &str) -> bool {
-    path.starts_with("/apis/coordination.k8s.io/") || path.contains("/selfsubject") || query.contains("dryRun=All")
+    path.starts_with("/apis/coordination.k8s.io/")
+        || path.contains("/selfsubject")
+        || query.contains("dryRun=All")
 }
 
 fn watches(query: &str) -> bool {
-    query.split('&').any(|pair| pair == "watch=true" || pair == "watch=1")
+    query
+        .split('&')
+        .any(|pair| pair == "watch=true" || pair == "watch=1")
 }
 
 impl<S, B> Service<Request<Body>> for Gate<S>
@@ -116,7 +123,9 @@ where
         let verb = request.method().as_str().to_lowercase();
         self.layer.metrics.api_calls.with_label_values(&[&verb]).inc();
         #[cfg(feature = "faults")]
-        let struck = gated.then(|| self.layer.striker.clone().map(|s| (s.sending(), s))).flatten();
+        let struck = gated
+            .then(|| self.layer.striker.clone().map(|s| (s.sending(), s)))
+            .flatten();
         let answer = self.inner.call(request);
         let deadline = self.layer.deadline;
         let watch = watches(&query);
@@ -124,7 +133,9 @@ where
             let answer = if watch {
                 answer.await
             } else {
-                tokio::time::timeout(deadline, answer).await.unwrap_or_else(|_| Err(BoxError::from(TimedOut(deadline))))
+                tokio::time::timeout(deadline, answer)
+                    .await
+                    .unwrap_or_else(|_| Err(BoxError::from(TimedOut(deadline))))
             };
             #[cfg(feature = "faults")]
             if let Some((number, striker)) = struck {
@@ -141,9 +152,18 @@ mod tests {
 
     #[test]
     fn only_leases_reviews_and_dry_runs_pass_a_closed_gate() {
-        assert!(exempt("/apis/coordination.k8s.io/v1/namespaces/kube-system/leases/gogrid-leader", ""));
-        assert!(exempt("/apis/gogrid.dev/v1alpha1/namespaces/a/inferencejobs/b/status", "dryRun=All"));
-        assert!(!exempt("/apis/gogrid.dev/v1alpha1/namespaces/a/inferencejobs/b/status", ""));
+        assert!(exempt(
+            "/apis/coordination.k8s.io/v1/namespaces/kube-system/leases/gogrid-leader",
+            ""
+        ));
+        assert!(exempt(
+            "/apis/gogrid.dev/v1alpha1/namespaces/a/inferencejobs/b/status",
+            "dryRun=All"
+        ));
+        assert!(!exempt(
+            "/apis/gogrid.dev/v1alpha1/namespaces/a/inferencejobs/b/status",
+            ""
+        ));
         assert!(mutates(&Method::DELETE) && mutates(&Method::PATCH) && !mutates(&Method::GET));
     }
 

@@ -23,7 +23,10 @@ pub(crate) struct Part {
 }
 
 fn refuse(message: String) -> Refusal {
-    Refusal { word: "InvalidInput", message }
+    Refusal {
+        word: "InvalidInput",
+        message,
+    }
 }
 
 /// Cuts lines into parts. Blank lines are no records, but they count as lines; a part never spans one.
@@ -38,26 +41,35 @@ pub(crate) fn cut<'a>(lines: impl Iterator<Item = &'a str>) -> Result<Vec<Part>,
         }
         bytes = bytes.saturating_add(line.len() + 1);
         if line.len() + 1 > PART_BYTES {
-            return Err(refuse(format!("line {number} of the input has {} bytes: a record must be at most {PART_BYTES} bytes", line.len())));
+            return Err(refuse(format!(
+                "line {number} of the input has {} bytes: a record must be at most {PART_BYTES} bytes",
+                line.len()
+            )));
         }
         if bytes > INPUT_BYTES {
-            return Err(refuse(format!("the input is longer than {INPUT_BYTES} bytes (at line {number}): split it over several jobs")));
+            return Err(refuse(format!(
+                "the input is longer than {INPUT_BYTES} bytes (at line {number}): split it over several jobs"
+            )));
         }
-        match parts.last_mut().filter(|p| open && p.text.len() + line.len() < PART_BYTES && p.records < 1_000_000) {
-            Some(part) => {
-                part.records += 1;
-                push(&mut part.text, line);
-            }
-            None => {
-                let mut text = String::new();
-                push(&mut text, line);
-                parts.push(Part { first_line: number, records: 1, text });
-                open = true;
-            }
+        let room = |p: &&mut Part| open && p.text.len() + line.len() < PART_BYTES && p.records < 1_000_000;
+        if let Some(part) = parts.last_mut().filter(room) {
+            part.records += 1;
+            push(&mut part.text, line);
+        } else {
+            let mut text = String::new();
+            push(&mut text, line);
+            parts.push(Part {
+                first_line: number,
+                records: 1,
+                text,
+            });
+            open = true;
         }
     }
     match parts.len() {
-        0 => Err(refuse("the input holds no record: it must have at least one line that is not blank".into())),
+        0 => Err(refuse(
+            "the input holds no record: it must have at least one line that is not blank".into(),
+        )),
         n if n > PARTS => Err(refuse(format!(
             "the input falls into {n} parts of at most {PART_BYTES} bytes between blank lines, at most {PARTS} are allowed: remove blank lines or split it over several jobs"
         ))),
@@ -67,7 +79,11 @@ pub(crate) fn cut<'a>(lines: impl Iterator<Item = &'a str>) -> Result<Vec<Part>,
 
 /// One record is one line, whatever white space it was written with.
 fn push(text: &mut String, line: &str) {
-    text.extend(line.trim_end_matches(['\r', '\n']).chars().map(|c| if matches!(c, '\r' | '\n') { ' ' } else { c }));
+    text.extend(
+        line.trim_end_matches(['\r', '\n'])
+            .chars()
+            .map(|c| if matches!(c, '\r' | '\n') { ' ' } else { c }),
+    );
     text.push('\n');
 }
 
@@ -78,7 +94,10 @@ mod tests {
     #[test]
     fn blank_lines_are_skipped_and_every_record_keeps_the_number_of_its_line() {
         let parts = cut("a\nb\n\n  \nc\n".lines()).unwrap();
-        let shape: Vec<_> = parts.iter().map(|p| (p.first_line, p.records, p.text.as_str())).collect();
+        let shape: Vec<_> = parts
+            .iter()
+            .map(|p| (p.first_line, p.records, p.text.as_str()))
+            .collect();
         assert_eq!(shape, [(1, 2, "a\nb\n"), (5, 1, "c\n")]);
     }
 
@@ -89,7 +108,10 @@ mod tests {
         let parts = cut(text.lines()).unwrap();
         assert!(parts.iter().all(|p| p.text.len() <= PART_BYTES));
         assert_eq!(parts.iter().map(|p| p.records).sum::<i32>(), 20);
-        assert_eq!(parts.last().map(|p| p.first_line + i64::from(p.records) - 1), Some(20));
+        assert_eq!(
+            parts.last().map(|p| p.first_line + i64::from(p.records) - 1),
+            Some(20)
+        );
     }
 
     #[test]

@@ -3,15 +3,16 @@
 //! Owns: winning, renewing and releasing the leader Lease by compare-and-swap, judged by changes this process saw on
 //! its own monotonic clock. Must not: trust a timestamp in the Lease, or lead on CRDs without fence rules.
 
+use crate::apply::post_params;
 use crate::clock;
 use crate::gate::Leadership;
 use crate::metrics::Metrics;
 use crate::probe::{self, ProbeError};
-use gogrid_api::names::{LEADER_LEASE, LEADER_NAMESPACE, OPERATOR_MANAGER};
+use gogrid_api::names::{LEADER_LEASE, LEADER_NAMESPACE};
 use gogrid_api::{LeaseTiming, Millis};
 use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
-use kube::api::{Api, ObjectMeta, PostParams};
+use kube::api::{Api, ObjectMeta};
 use kube::{Client, ResourceExt as _};
 use std::sync::Arc;
 use std::time::Duration;
@@ -82,9 +83,12 @@ impl Election {
         while !*stop.borrow() {
             let outcome = self.turn(&api, &mut seen, &mut probed).await;
             match &outcome {
-                Ok(_) => last_error = None,
+                Ok(()) => last_error = None,
                 Err(error) => {
-                    self.metrics.errors.with_label_values(&["leader", error.variant()]).inc();
+                    self.metrics
+                        .errors
+                        .with_label_values(&["leader", error.variant()])
+                        .inc();
                     let text = crate::error_text(error);
                     if last_error.as_ref() != Some(&text) {
                         tracing::error!(error = text, "no leadership");
@@ -95,12 +99,11 @@ impl Election {
             let term = self.leadership.term(clock::mono());
             self.metrics.leader.set(i64::from(term.is_some()));
             if *leads.borrow() != term {
-                match term {
-                    Some(term) => {
-                        self.metrics.term.set(term);
-                        tracing::info!(term, holder = self.holder, "leading");
-                    }
-                    None => tracing::warn!(holder = self.holder, "leading no more"),
+                if let Some(term) = term {
+                    self.metrics.term.set(term);
+                    tracing::info!(term, holder = self.holder, "leading");
+                } else {
+                    tracing::warn!(holder = self.holder, "leading no more");
                 }
                 leads.send_replace(term);
             }
@@ -115,14 +118,19 @@ impl Election {
         self.release(&api).await;
     }
 
-    async fn turn(&self, api: &Api<Lease>, seen: &mut Option<(String, Millis)>, probed: &mut bool) -> Result<(), LeaderError> {
+    async fn turn(
+        &self,
+        api: &Api<Lease>,
+        seen: &mut Option<(String, Millis)>,
+        probed: &mut bool,
+    ) -> Result<(), LeaderError> {
         let found = self.call(api.get_opt(LEADER_LEASE)).await?;
         let now = clock::mono();
         let Some(lease) = found else {
             self.probe(probed).await?;
             let sent = clock::mono();
             let new = self.written(None);
-            let made = self.call(api.create(&self.params(), &new)).await?;
+            let made = self.call(api.create(&post_params(), &new)).await?;
             self.won(sent, &made);
             return Ok(());
         };
@@ -133,7 +141,12 @@ impl Election {
         };
         *seen = Some((mark, since));
         let holder = lease.spec.as_ref().and_then(|s| s.holder_identity.as_deref());
-        match act(holder, &self.holder, Millis(now.0.saturating_sub(since.0)), self.timing) {
+        match act(
+            holder,
+            &self.holder,
+            Millis(now.0.saturating_sub(since.0)),
+            self.timing,
+        ) {
             Act::Wait => {
                 self.leadership.drop_now();
                 Ok(())
@@ -142,7 +155,7 @@ impl Election {
                 self.probe(probed).await?;
                 let sent = clock::mono();
                 let new = self.written(Some(&lease));
-                let made = self.call(api.replace(LEADER_LEASE, &self.params(), &new)).await?;
+                let made = self.call(api.replace(LEADER_LEASE, &post_params(), &new)).await?;
                 *seen = made.resource_version().map(|mark| (mark, sent));
                 self.won(sent, &made);
                 Ok(())
@@ -163,11 +176,8 @@ impl Election {
     /// Writing is allowed until three quarters of the lease, counted from before it was asked for.
     fn won(&self, sent: Millis, lease: &Lease) {
         let term = lease.spec.as_ref().and_then(|s| s.lease_transitions).unwrap_or(0);
-        self.leadership.hold(Millis(sent.0 + self.timing.leader_lease().0 * 3 / 4), term.into());
-    }
-
-    fn params(&self) -> PostParams {
-        PostParams { field_manager: Some(OPERATOR_MANAGER.into()), ..PostParams::default() }
+        self.leadership
+            .hold(Millis(sent.0 + self.timing.leader_lease().0 * 3 / 4), term.into());
     }
 
     /// The Lease as this process writes it; a new holder is a new transition.
@@ -186,7 +196,11 @@ impl Election {
             spec: Some(LeaseSpec {
                 holder_identity: Some(self.holder.clone()),
                 lease_duration_seconds: Some(seconds),
-                acquire_time: if ours { spec.acquire_time } else { Some(now.clone()) },
+                acquire_time: if ours {
+                    spec.acquire_time
+                } else {
+                    Some(now.clone())
+                },
                 renew_time: Some(now),
                 lease_transitions: Some(spec.lease_transitions.unwrap_or(0) + i32::from(!ours)),
                 ..LeaseSpec::default()
@@ -195,14 +209,25 @@ impl Election {
     }
 
     async fn release(&self, api: &Api<Lease>) {
-        let Ok(Some(mut lease)) = self.call(api.get_opt(LEADER_LEASE)).await else { return };
-        let Some(spec) = lease.spec.as_mut().filter(|s| s.holder_identity.as_deref() == Some(self.holder.as_str())) else { return };
+        let Ok(Some(mut lease)) = self.call(api.get_opt(LEADER_LEASE)).await else {
+            return;
+        };
+        let Some(spec) = lease
+            .spec
+            .as_mut()
+            .filter(|s| s.holder_identity.as_deref() == Some(self.holder.as_str()))
+        else {
+            return;
+        };
         spec.holder_identity = None;
         spec.renew_time = Some(MicroTime(clock::micro()));
         lease.metadata.managed_fields = None;
-        match self.call(api.replace(LEADER_LEASE, &self.params(), &lease)).await {
+        match self.call(api.replace(LEADER_LEASE, &post_params(), &lease)).await {
             Ok(_) => tracing::info!("leadership released"),
-            Err(error) => tracing::warn!(error = crate::error_text(&error), "leadership could not be released"),
+            Err(error) => tracing::warn!(
+                error = crate::error_text(&error),
+                "leadership could not be released"
+            ),
         }
     }
 

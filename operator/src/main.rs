@@ -16,6 +16,7 @@ mod metrics;
 mod models;
 mod observe;
 mod order;
+mod orphans;
 mod owner;
 mod presets;
 mod probe;
@@ -55,7 +56,9 @@ pub(crate) fn error_text(error: &dyn std::error::Error) -> String {
 fn start_logs(format: LogFormat) {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,kube_client=warn,tower=warn"));
-    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let logs = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
     match format {
         LogFormat::Json => logs.json().flatten_event(true).init(),
         LogFormat::Text => logs.init(),
@@ -65,7 +68,9 @@ fn start_logs(format: LogFormat) {
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     let unique = format!("{}-{}", std::process::id(), clock::micro().as_microsecond());
-    let config = Flags::parse().validate(&unique).context("the flags can't be used")?;
+    let config = Flags::parse()
+        .validate(&unique)
+        .context("the flags can't be used")?;
     start_logs(config.log_format);
     run(config).await
 }
@@ -104,8 +109,13 @@ async fn run(config: Config) -> anyhow::Result<()> {
         metrics: metrics.clone(),
     };
     let mut election = tokio::spawn(election.run(leads, leading));
-    let executor = apply::Executor { client: work_client, namespace: config.namespace.clone(), reporter: config.holder.clone() };
-    let mut owner = tokio::spawn(owner::Owner::new(config, executor, leadership, metrics).run(seen, term, working));
+    let executor = apply::Executor {
+        client: work_client,
+        namespace: config.namespace.clone(),
+        reporter: config.holder.clone(),
+    };
+    let mut owner =
+        tokio::spawn(owner::Owner::new(config, executor, leadership, metrics).run(seen, term, working));
 
     let mut terminate = signal(SignalKind::terminate()).context("SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT")?;

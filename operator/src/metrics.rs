@@ -6,7 +6,9 @@ use axum::Router;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::routing::get;
-use prometheus::{Encoder as _, Histogram, HistogramOpts, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder};
+use prometheus::{
+    Encoder as _, Histogram, HistogramOpts, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+};
 use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -46,20 +48,54 @@ impl Metrics {
     pub(crate) fn new() -> Result<Self, prometheus::Error> {
         let registry = Registry::new();
         let buckets = vec![0.0005, 0.002, 0.01, 0.05, 0.2, 1.0, 5.0, 30.0];
-        let histogram = |name: &str, help: &str| Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets.clone()));
-        let counters = |name: &str, help: &str, labels: &[&str]| IntCounterVec::new(Opts::new(name, help), labels);
+        let histogram = |name: &str, help: &str| {
+            Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets.clone()))
+        };
+        let counters =
+            |name: &str, help: &str, labels: &[&str]| IntCounterVec::new(Opts::new(name, help), labels);
         let new = Self {
             round_seconds: histogram("gogrid_operator_round_seconds", "Time of one turn over all jobs.")?,
-            work_seconds: histogram("gogrid_operator_reconcile_seconds", "Time of the API calls of one step of a job.")?,
-            jobs: IntGaugeVec::new(Opts::new("gogrid_jobs", "InferenceJobs by the reason of their summary condition."), &["state"])?,
-            errors: counters("gogrid_operator_errors_total", "Failed steps by step and cause.", &["step", "cause"])?,
-            api_calls: counters("gogrid_operator_api_calls_total", "Calls to the API server by method.", &["verb"])?,
-            malformed: counters("gogrid_operator_malformed_objects_total", "Stored objects that can't be read.", &["kind"])?,
-            watch_errors: counters("gogrid_operator_watch_errors_total", "Interruptions of watches.", &["kind"])?,
+            work_seconds: histogram(
+                "gogrid_operator_reconcile_seconds",
+                "Time of the API calls of one step of a job.",
+            )?,
+            jobs: IntGaugeVec::new(
+                Opts::new(
+                    "gogrid_jobs",
+                    "InferenceJobs by the reason of their summary condition.",
+                ),
+                &["state"],
+            )?,
+            errors: counters(
+                "gogrid_operator_errors_total",
+                "Failed steps by step and cause.",
+                &["step", "cause"],
+            )?,
+            api_calls: counters(
+                "gogrid_operator_api_calls_total",
+                "Calls to the API server by method.",
+                &["verb"],
+            )?,
+            malformed: counters(
+                "gogrid_operator_malformed_objects_total",
+                "Stored objects that can't be read.",
+                &["kind"],
+            )?,
+            watch_errors: counters(
+                "gogrid_operator_watch_errors_total",
+                "Interruptions of watches.",
+                &["kind"],
+            )?,
             steps: counters("gogrid_operator_steps_total", "Steps taken.", &["step"])?,
             leader: IntGauge::new("gogrid_operator_leader", "1 while this process leads.")?,
-            term: IntGauge::new("gogrid_operator_term", "Term of the last leadership of this process.")?,
-            fence_rules: IntGauge::new("gogrid_operator_fence_rules", "1 when the CRDs carry the fence rules, 0 when leading is refused.")?,
+            term: IntGauge::new(
+                "gogrid_operator_term",
+                "Term of the last leadership of this process.",
+            )?,
+            fence_rules: IntGauge::new(
+                "gogrid_operator_fence_rules",
+                "1 when the CRDs carry the fence rules, 0 when leading is refused.",
+            )?,
             registry,
             ready: AtomicBool::new(false),
         };
@@ -67,7 +103,13 @@ impl Metrics {
         r.register(Box::new(new.round_seconds.clone()))?;
         r.register(Box::new(new.work_seconds.clone()))?;
         r.register(Box::new(new.jobs.clone()))?;
-        for counter in [&new.errors, &new.api_calls, &new.malformed, &new.watch_errors, &new.steps] {
+        for counter in [
+            &new.errors,
+            &new.api_calls,
+            &new.malformed,
+            &new.watch_errors,
+            &new.steps,
+        ] {
             r.register(Box::new(counter.clone()))?;
         }
         for gauge in [&new.leader, &new.term, &new.fence_rules] {
@@ -105,7 +147,9 @@ pub(crate) async fn serve(
     metrics: Arc<Metrics>,
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(), ServeError> {
-    let listener = tokio::net::TcpListener::bind(address).await.map_err(|e| ServeError::Bind(address, e))?;
+    let listener = tokio::net::TcpListener::bind(address)
+        .await
+        .map_err(|e| ServeError::Bind(address, e))?;
     let bound = listener.local_addr().map_err(|e| ServeError::Bind(address, e))?;
     tracing::info!(address = %bound, "serving metrics");
     let app = Router::new()
@@ -113,7 +157,10 @@ pub(crate) async fn serve(
         .route("/healthz", get(|| async { "ok" }))
         .route("/readyz", get(readiness))
         .with_state(metrics);
-    axum::serve(listener, app).with_graceful_shutdown(stop).await.map_err(ServeError::Serve)
+    axum::serve(listener, app)
+        .with_graceful_shutdown(stop)
+        .await
+        .map_err(ServeError::Serve)
 }
 
 async fn metrics_text(State(metrics): State<Arc<Metrics>>) -> (StatusCode, String) {
@@ -127,6 +174,9 @@ async fn readiness(State(metrics): State<Arc<Metrics>>) -> (StatusCode, &'static
     if metrics.ready.load(Ordering::SeqCst) {
         (StatusCode::OK, "ok")
     } else {
-        (StatusCode::SERVICE_UNAVAILABLE, "the first lists have not arrived")
+        (
+            StatusCode::SERVICE_UNAVAILABLE,
+            "the first lists have not arrived",
+        )
     }
 }

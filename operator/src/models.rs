@@ -30,16 +30,28 @@ fn state(a: &Assignment) -> Option<State> {
 impl<'a> Models<'a> {
     /// Everything that the store holds.
     pub(crate) fn new(store: &'a Store, now: Millis) -> Self {
-        let mut new = Self { by_digest: BTreeMap::new(), by_file: BTreeMap::new(), inspected: BTreeMap::new() };
+        let mut new = Self {
+            by_digest: BTreeMap::new(),
+            by_file: BTreeMap::new(),
+            inspected: BTreeMap::new(),
+        };
         for a in store.assignments.values() {
             let key = (a.spec.model.uri.as_str(), a.spec.model.sha256.as_str());
             if let Some(facts) = a.status.as_ref().and_then(|s| s.facts.as_ref()) {
                 new.by_digest.insert(key, facts);
-            } else if a.spec.kind == Kind::Inspect && !state(a).is_some_and(State::is_over) && !lost(store, now, a) {
+            } else if a.spec.kind == Kind::Inspect
+                && !state(a).is_some_and(State::is_over)
+                && !lost(store, now, a)
+            {
                 new.inspected.insert(key, &a.spec.node_name);
             }
         }
-        for held in store.gpu_nodes.values().filter_map(|g| g.status.as_ref()).flat_map(|s| &s.models) {
+        for held in store
+            .gpu_nodes
+            .values()
+            .filter_map(|g| g.status.as_ref())
+            .flat_map(|s| &s.models)
+        {
             let key = canonical(&held.uri);
             match (&held.facts, &held.error) {
                 (Some(facts), _) => {
@@ -55,7 +67,13 @@ impl<'a> Models<'a> {
     }
 
     /// What is known of a job's model; facts where `ModelState::Known`.
-    pub(crate) fn of(&self, store: &Store, now: Millis, job: &InferenceJob, assignments: &[&Assignment]) -> (ModelState, Option<&'a ModelFacts>) {
+    pub(crate) fn of(
+        &self,
+        store: &Store,
+        now: Millis,
+        job: &InferenceJob,
+        assignments: &[&Assignment],
+    ) -> (ModelState, Option<&'a ModelFacts>) {
         let uri = job.spec.model.uri.as_str();
         let sha = job.spec.model.sha256.as_deref().unwrap_or("");
         let facts = match self.by_digest.get(&(uri, sha)) {
@@ -72,32 +90,67 @@ impl<'a> Models<'a> {
         if let Some(facts) = facts {
             return match estimate::supported(facts, job.spec.context_tokens) {
                 Ok(()) => (ModelState::Known, Some(facts)),
-                Err(error) => (ModelState::Waiting(Reason::UnsupportedModel { message: error.to_string() }), None),
+                Err(error) => (
+                    ModelState::Waiting(Reason::UnsupportedModel {
+                        message: error.to_string(),
+                    }),
+                    None,
+                ),
             };
         }
         (self.unknown(store, now, (uri, sha), assignments), None)
     }
 
-    fn unknown(&self, store: &Store, now: Millis, key: (&str, &str), assignments: &[&Assignment]) -> ModelState {
+    fn unknown(
+        &self,
+        store: &Store,
+        now: Millis,
+        key: (&str, &str),
+        assignments: &[&Assignment],
+    ) -> ModelState {
         if let Some(node) = self.inspected.get(&key) {
-            return ModelState::Waiting(Reason::InspectingModel { node: Some((*node).to_owned()) });
+            return ModelState::Waiting(Reason::InspectingModel {
+                node: Some((*node).to_owned()),
+            });
         }
-        let mine = |a: &&&Assignment| a.spec.kind == Kind::Inspect && (a.spec.model.uri.as_str(), a.spec.model.sha256.as_str()) == key;
+        let mine = |a: &&&Assignment| {
+            a.spec.kind == Kind::Inspect && (a.spec.model.uri.as_str(), a.spec.model.sha256.as_str()) == key
+        };
         let inspections: Vec<_> = assignments.iter().filter(mine).collect();
-        let failed = inspections.iter().filter(|a| state(a) == Some(State::Failed)).count();
-        let Some(last) = inspections.iter().max_by_key(|a| attempt(a)) else { return ModelState::ToInspect };
+        let failed = inspections
+            .iter()
+            .filter(|a| state(a) == Some(State::Failed))
+            .count();
+        let Some(last) = inspections.iter().max_by_key(|a| attempt(a)) else {
+            return ModelState::ToInspect;
+        };
         let failure = last.status.as_ref().and_then(|s| s.failure.clone());
         match (state(last), failure) {
-            (Some(State::Failed), Some(f)) if !f.retryable || failed >= usize::try_from(ATTEMPTS).unwrap_or(3) => {
-                ModelState::Waiting(Reason::ModelRefused { word: f.reason, message: f.message })
+            (Some(State::Failed), Some(f))
+                if !f.retryable || failed >= usize::try_from(ATTEMPTS).unwrap_or(3) =>
+            {
+                ModelState::Waiting(Reason::ModelRefused {
+                    word: f.reason,
+                    message: f.message,
+                })
             }
             (Some(State::Succeeded), _) => {
-                let message = format!("node {} read the model and reported no facts", last.spec.node_name);
-                ModelState::Waiting(Reason::ModelRefused { word: "InspectionFailed".into(), message })
+                let message = format!(
+                    "node {} read the model and reported no facts",
+                    last.spec.node_name
+                );
+                ModelState::Waiting(Reason::ModelRefused {
+                    word: "InspectionFailed".into(),
+                    message,
+                })
             }
             (Some(State::Failed | State::Stopped), _) if attempt(last) < INSPECTIONS => ModelState::ToInspect,
-            (None | Some(_), _) if lost(store, now, last) && attempt(last) < INSPECTIONS => ModelState::ToInspect,
-            _ => ModelState::Waiting(Reason::InspectingModel { node: Some(last.spec.node_name.clone()) }),
+            (None | Some(_), _) if lost(store, now, last) && attempt(last) < INSPECTIONS => {
+                ModelState::ToInspect
+            }
+            _ => ModelState::Waiting(Reason::InspectingModel {
+                node: Some(last.spec.node_name.clone()),
+            }),
         }
     }
 }

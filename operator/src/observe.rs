@@ -78,12 +78,42 @@ pub(crate) const KINDS: usize = 7;
 pub(crate) fn start(client: &Client, namespace: &str, metrics: &Arc<Metrics>) -> mpsc::Receiver<Observation> {
     let (tx, rx) = mpsc::channel(1024);
     let c = || client.clone();
-    spawn(Api::all(c()), plain::<InferenceJob>, Observation::Job, &tx, metrics);
-    spawn(Api::namespaced(c(), namespace), plain::<Assignment>, Observation::Assignment, &tx, metrics);
-    spawn(Api::all(c()), plain::<GpuNode>, Observation::GpuNode, &tx, metrics);
-    spawn(Api::all(c()), plain::<ResourceProfile>, Observation::Profile, &tx, metrics);
+    spawn(
+        Api::all(c()),
+        plain::<InferenceJob>,
+        Observation::Job,
+        &tx,
+        metrics,
+    );
+    spawn(
+        Api::namespaced(c(), namespace),
+        plain::<Assignment>,
+        Observation::Assignment,
+        &tx,
+        metrics,
+    );
+    spawn(
+        Api::all(c()),
+        plain::<GpuNode>,
+        Observation::GpuNode,
+        &tx,
+        metrics,
+    );
+    spawn(
+        Api::all(c()),
+        plain::<ResourceProfile>,
+        Observation::Profile,
+        &tx,
+        metrics,
+    );
     spawn(Api::all(c()), node_info, Observation::Node, &tx, metrics);
-    spawn(Api::namespaced(c(), namespace), lease_info, Observation::Lease, &tx, metrics);
+    spawn(
+        Api::namespaced(c(), namespace),
+        lease_info,
+        Observation::Lease,
+        &tx,
+        metrics,
+    );
     spawn(Api::all(c()), priority_info, Observation::Priority, &tx, metrics);
     rx
 }
@@ -106,7 +136,13 @@ fn spawn<K, T>(
             Err(invalid) => {
                 metrics.malformed.with_label_values(&[&kind]).inc();
                 let (namespace, name) = (invalid.metadata.namespace, invalid.metadata.name);
-                tracing::error!(kind, namespace, name, error = invalid.error, "a stored object can't be read and is passed over");
+                tracing::error!(
+                    kind,
+                    namespace,
+                    name,
+                    error = invalid.error,
+                    "a stored object can't be read and is passed over"
+                );
                 None
             }
         };
@@ -156,16 +192,33 @@ fn node_info(node: Node) -> NodeInfo {
             "NoExecute" => TaintEffect::NoExecute,
             _ => return None,
         };
-        Some(Taint { key: t.key, value: t.value.unwrap_or_default(), effect })
+        Some(Taint {
+            key: t.key,
+            value: t.value.unwrap_or_default(),
+            effect,
+        })
     });
-    NodeInfo { name, labels, taints: taints.collect(), unschedulable: spec.unschedulable.unwrap_or(false) }
+    NodeInfo {
+        name,
+        labels,
+        taints: taints.collect(),
+        unschedulable: spec.unschedulable.unwrap_or(false),
+    }
 }
 
 fn lease_info(lease: Lease) -> LeaseInfo {
     let mark = lease.resource_version().unwrap_or_default();
-    LeaseInfo { name: lease.name_any(), holder: lease.spec.and_then(|s| s.holder_identity), mark }
+    LeaseInfo {
+        name: lease.name_any(),
+        holder: lease.spec.and_then(|s| s.holder_identity),
+        mark,
+    }
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "one signature for all conversions")]
 fn priority_info(class: PriorityClass) -> PriorityInfo {
-    PriorityInfo { name: class.name_any(), value: class.value }
+    PriorityInfo {
+        name: class.name_any(),
+        value: class.value,
+    }
 }

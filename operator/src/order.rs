@@ -14,16 +14,26 @@ const RANGES: usize = 1024;
 
 fn named(name: &str, job: &InferenceJob, spec: AssignmentSpec) -> Assignment {
     let mut assignment = Assignment::new(name, spec);
-    assignment.metadata.labels = Some(BTreeMap::from([(JOB_UID_LABEL.to_owned(), job.uid().unwrap_or_default())]));
+    assignment.metadata.labels = Some(BTreeMap::from([(
+        JOB_UID_LABEL.to_owned(),
+        job.uid().unwrap_or_default(),
+    )]));
     assignment
 }
 
 fn reference(job: &InferenceJob) -> JobReference {
-    JobReference { namespace: job.namespace().unwrap_or_default(), name: job.name_any(), uid: job.uid().unwrap_or_default() }
+    JobReference {
+        namespace: job.namespace().unwrap_or_default(),
+        name: job.name_any(),
+        uid: job.uid().unwrap_or_default(),
+    }
 }
 
 fn model(job: &InferenceJob) -> ModelOrder {
-    ModelOrder { uri: job.spec.model.uri.clone(), sha256: job.spec.model.sha256.clone().unwrap_or_default() }
+    ModelOrder {
+        uri: job.spec.model.uri.clone(),
+        sha256: job.spec.model.sha256.clone().unwrap_or_default(),
+    }
 }
 
 /// What a run needs beyond the job and its status.
@@ -40,9 +50,18 @@ pub(crate) struct Run<'a> {
 
 /// The order for the placement that `status` holds.
 pub(crate) fn run(job: &InferenceJob, status: &InferenceJobStatus, run: Run<'_>) -> Option<Assignment> {
-    let Run { session, parallel_limit, inputs, former } = run;
+    let Run {
+        session,
+        parallel_limit,
+        inputs,
+        former,
+    } = run;
     let placement = status.placement.as_ref()?;
-    let checkpoints = || former.iter().filter_map(|a| a.status.as_ref()?.checkpoint.as_ref());
+    let checkpoints = || {
+        former
+            .iter()
+            .filter_map(|a| a.status.as_ref()?.checkpoint.as_ref())
+    };
     let failed: i64 = checkpoints().map(|c| c.failed).sum();
     let skip: Vec<LineRange> = union(checkpoints().flat_map(|c| c.lines.iter().copied()), RANGES);
     let allowed = job.spec.failure_policy.max_failed_records;
@@ -73,7 +92,13 @@ pub(crate) fn run(job: &InferenceJob, status: &InferenceJobStatus, run: Run<'_>)
 }
 
 /// The order to look at the job's model.
-pub(crate) fn inspection(job: &InferenceJob, attempt: u32, term: i64, node: &str, session: &str) -> Assignment {
+pub(crate) fn inspection(
+    job: &InferenceJob,
+    attempt: u32,
+    term: i64,
+    node: &str,
+    session: &str,
+) -> Assignment {
     let name = names::inspection(&job.uid().unwrap_or_default(), attempt);
     named(
         &name,
@@ -101,5 +126,10 @@ pub(crate) fn inspection(job: &InferenceJob, attempt: u32, term: i64, node: &str
 
 /// Number of an inspection's attempt, from its name.
 pub(crate) fn attempt(inspection: &Assignment) -> u32 {
-    inspection.name_any().rsplit('-').next().and_then(|n| n.parse().ok()).unwrap_or(0)
+    inspection
+        .name_any()
+        .rsplit('-')
+        .next()
+        .and_then(|n| n.parse().ok())
+        .unwrap_or(0)
 }

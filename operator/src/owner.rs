@@ -28,8 +28,17 @@ const PROFILE_COUNTS: u64 = 5_000;
 
 /// What a spawned task came back with.
 enum Answer {
-    Work { uid: String, key: String, step: &'static str, facts: Vec<Fact>, error: Option<StepError> },
-    Profile { name: String, written: Result<ResourceProfile, StepError> },
+    Work {
+        uid: String,
+        key: String,
+        step: &'static str,
+        facts: Vec<Fact>,
+        error: Option<StepError>,
+    },
+    Profile {
+        name: String,
+        written: Result<Box<ResourceProfile>, StepError>,
+    },
     Swept(Result<BTreeSet<String>, StepError>),
 }
 
@@ -52,7 +61,12 @@ pub(crate) struct Owner {
 }
 
 impl Owner {
-    pub(crate) fn new(config: Config, executor: Executor, leadership: Arc<Leadership>, metrics: Arc<Metrics>) -> Self {
+    pub(crate) fn new(
+        config: Config,
+        executor: Executor,
+        leadership: Arc<Leadership>,
+        metrics: Arc<Metrics>,
+    ) -> Self {
         let (answers, answered) = mpsc::unbounded_channel();
         Self {
             store: Store::new(config.timing),
@@ -73,7 +87,12 @@ impl Owner {
     }
 
     /// Runs until `stop` says true, then waits a little for what is on its way.
-    pub(crate) async fn run(mut self, mut seen: mpsc::Receiver<Observation>, mut leads: watch::Receiver<Option<i64>>, mut stop: watch::Receiver<bool>) {
+    pub(crate) async fn run(
+        mut self,
+        mut seen: mpsc::Receiver<Observation>,
+        mut leads: watch::Receiver<Option<i64>>,
+        mut stop: watch::Receiver<bool>,
+    ) {
         let period = Duration::from_millis((self.config.timing.lease().0 / 40).clamp(100, 1000));
         let mut tick = tokio::time::interval(period);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -146,7 +165,9 @@ impl Owner {
             let found = async {
                 match presets::read(executor.presets_text().await?.as_deref()) {
                     Ok(profiles) => executor.create_absent_profiles(profiles).await?,
-                    Err(error) => tracing::error!(error = crate::error_text(&error), "presets are not created"),
+                    Err(error) => {
+                        tracing::error!(error = crate::error_text(&error), "presets are not created");
+                    }
                 }
                 executor.staged_uids().await
             };
@@ -161,7 +182,9 @@ impl Owner {
 
     fn round(&mut self) {
         let now = clock::mono();
-        let Some(term) = self.leadership.term(now).filter(|_| self.store.synced()) else { return };
+        let Some(term) = self.leadership.term(now).filter(|_| self.store.synced()) else {
+            return;
+        };
         let timer = self.metrics.round_seconds.start_timer();
         let missing = Round::missing(&self.store, &self.has_inputs);
         self.missing_since.retain(|uid, _| missing.contains(uid));
@@ -169,7 +192,8 @@ impl Owner {
             self.missing_since.entry(uid).or_insert(now);
         }
         let (store, missing) = (&self.store, &self.missing_since);
-        self.memory.retain(|uid, _| store.jobs.contains_key(uid) || missing.contains_key(uid));
+        self.memory
+            .retain(|uid, _| store.jobs.contains_key(uid) || missing.contains_key(uid));
         let works = Round {
             store: &self.store,
             memory: &self.memory,
@@ -190,7 +214,14 @@ impl Owner {
     }
 
     fn begin(&mut self, work: Work) {
-        let Work { uid, job, only_if_gone, step, ops, claim } = work;
+        let Work {
+            uid,
+            job,
+            only_if_gone,
+            step,
+            ops,
+            claim,
+        } = work;
         self.busy.insert(uid.clone(), claim);
         if step == "Stage" {
             self.has_inputs.insert(uid.clone());
@@ -198,7 +229,12 @@ impl Owner {
         self.metrics.steps.with_label_values(&[step]).inc();
         let key = job.as_ref().map_or_else(|| uid.clone(), names::job_key);
         tracing::debug!(job = key, step, "begun");
-        let (executor, answers, permits, metrics) = (self.executor.clone(), self.answers.clone(), self.permits.clone(), self.metrics.clone());
+        let (executor, answers, permits, metrics) = (
+            self.executor.clone(),
+            self.answers.clone(),
+            self.permits.clone(),
+            self.metrics.clone(),
+        );
         tokio::spawn(async move {
             let _permit = permits.acquire_owned().await;
             let timer = metrics.work_seconds.start_timer();
@@ -217,13 +253,25 @@ impl Owner {
                 Err(_) => Some(StepError::TimedOut),
             };
             timer.observe_duration();
-            let _ = answers.send(Answer::Work { uid, key, step, facts, error });
+            let _ = answers.send(Answer::Work {
+                uid,
+                key,
+                step,
+                facts,
+                error,
+            });
         });
     }
 
     fn take(&mut self, answer: Answer) {
         match answer {
-            Answer::Work { uid, key, step, facts, error } => {
+            Answer::Work {
+                uid,
+                key,
+                step,
+                facts,
+                error,
+            } => {
                 self.busy.remove(&uid);
                 for fact in facts {
                     self.learn(&uid, step, fact);
@@ -234,7 +282,7 @@ impl Owner {
                 self.profiles_busy.remove(&name);
                 match written {
                     Ok(profile) => {
-                        self.store.profiles.insert(name, profile);
+                        self.store.profiles.insert(name, *profile);
                     }
                     Err(error) => self.failed("Profile", &name, &error),
                 }
@@ -260,7 +308,12 @@ impl Owner {
                 if step == "Requeue" || step == "Finish" {
                     memory.published = None;
                 }
-                tracing::info!(job = names::job_key(&job), step, epoch = job.status.as_ref().map_or(0, |s| s.epoch), "status written");
+                tracing::info!(
+                    job = names::job_key(&job),
+                    step,
+                    epoch = job.status.as_ref().map_or(0, |s| s.epoch),
+                    "status written"
+                );
                 self.store.put_job(*job);
             }
             Fact::Assignment(assignment) => self.store.put_assignment(*assignment),
@@ -299,15 +352,32 @@ impl Owner {
     }
 
     fn failed(&self, step: &str, key: &str, error: &StepError) {
-        self.metrics.errors.with_label_values(&[step, error.variant()]).inc();
-        tracing::warn!(job = key, step, cause = error.variant(), error = crate::error_text(error), "a step failed and comes again");
+        self.metrics
+            .errors
+            .with_label_values(&[step, error.variant()])
+            .inc();
+        tracing::warn!(
+            job = key,
+            step,
+            cause = error.variant(),
+            error = crate::error_text(error),
+            "a step failed and comes again"
+        );
     }
 
     fn write_profiles(&mut self, now: Millis) {
         for (name, status) in profiles::statuses(&self.store, clock::wall()) {
-            let Some(profile) = self.store.profiles.get(&name).filter(|_| !self.profiles_busy.contains(&name)) else { continue };
+            let Some(profile) = self
+                .store
+                .profiles
+                .get(&name)
+                .filter(|_| !self.profiles_busy.contains(&name))
+            else {
+                continue;
+            };
             let old = profile.status.clone().unwrap_or_default();
-            let counts_only = (&old.conditions, old.nodes_matched, old.nodes_applied) == (&status.conditions, status.nodes_matched, status.nodes_applied);
+            let counts_only = (&old.conditions, old.nodes_matched, old.nodes_applied)
+                == (&status.conditions, status.nodes_matched, status.nodes_applied);
             let last = self.profiles_written.get(&name).map_or(0, |at| at.0);
             let early = now.0.saturating_sub(last) < if counts_only { PROFILE_COUNTS } else { 250 };
             if old == status || (last > 0 && early) {
@@ -317,8 +387,13 @@ impl Owner {
             self.profiles_written.insert(name.clone(), now);
             let (executor, answers, profile) = (self.executor.clone(), self.answers.clone(), profile.clone());
             tokio::spawn(async move {
-                let written = match tokio::time::timeout(Duration::from_secs(20), executor.write_profile(&profile, &status)).await {
-                    Ok(written) => written,
+                let written = match tokio::time::timeout(
+                    Duration::from_secs(20),
+                    executor.write_profile(&profile, &status),
+                )
+                .await
+                {
+                    Ok(written) => written.map(Box::new),
                     Err(_) => Err(StepError::TimedOut),
                 };
                 let _ = answers.send(Answer::Profile { name, written });

@@ -22,7 +22,10 @@ pub(crate) struct PresetError {
 /// The profiles to create when absent.
 pub(crate) fn read(text: Option<&str>) -> Result<Vec<ResourceProfile>, PresetError> {
     let Some(text) = text else {
-        return Ok(profile::presets().into_iter().map(|(name, spec)| ResourceProfile::new(name, spec)).collect());
+        return Ok(profile::presets()
+            .into_iter()
+            .map(|(name, spec)| ResourceProfile::new(name, spec))
+            .collect());
     };
     let mut profiles = vec![];
     for (number, document) in (1..).zip(serde_yaml::Deserializer::from_str(text)) {
@@ -43,7 +46,11 @@ mod tests {
         let [(name, spec), ..] = profile::presets();
         let yaml = serde_yaml::to_string(&ResourceProfile::new(name, spec)).unwrap();
         let two = format!("---\n{yaml}---\n{}", yaml.replace("conservative", "mine"));
-        let names: Vec<_> = read(Some(&two)).unwrap().into_iter().filter_map(|p| p.metadata.name).collect();
+        let names: Vec<_> = read(Some(&two))
+            .unwrap()
+            .into_iter()
+            .filter_map(|p| p.metadata.name)
+            .collect();
         assert_eq!(names, ["conservative", "mine"]);
         assert!(read(Some("a: 1")).unwrap_err().to_string().contains("document 1"));
     }

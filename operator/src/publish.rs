@@ -16,11 +16,20 @@ use serde_json::json;
 use sha2::{Digest as _, Sha256};
 
 fn refused(reason: &str, message: String) -> Publication {
-    Publication::Refused(Failure { reason: reason.into(), message, retryable: false })
+    Publication::Refused(Failure {
+        reason: reason.into(),
+        message,
+        retryable: false,
+    })
 }
 
 /// Collects, merges and publishes.
-pub(crate) async fn publish(executor: &Executor, job: &InferenceJob, runs: &[Assignment], expected: i64) -> Result<Publication, StepError> {
+pub(crate) async fn publish(
+    executor: &Executor,
+    job: &InferenceJob,
+    runs: &[Assignment],
+    expected: i64,
+) -> Result<Publication, StepError> {
     let name = job.spec.output.config_map.clone().unwrap_or_default();
     let uid = job.uid().unwrap_or_default();
     let api: Api<ConfigMap> = Api::namespaced(executor.client.clone(), &job.namespace().unwrap_or_default());
@@ -32,7 +41,11 @@ pub(crate) async fn publish(executor: &Executor, job: &InferenceJob, runs: &[Ass
     let merged = match results::merge(epochs, expected) {
         Ok(merged) => merged,
         Err(error) => {
-            let missing = if missing.is_empty() { String::new() } else { format!("; missing or foreign chunks: {}", missing.join(", ")) };
+            let missing = if missing.is_empty() {
+                String::new()
+            } else {
+                format!("; missing or foreign chunks: {}", missing.join(", "))
+            };
             return Ok(refused("ResultsIncomplete", format!("{error}{missing}")));
         }
     };
@@ -57,21 +70,21 @@ pub(crate) async fn publish(executor: &Executor, job: &InferenceJob, runs: &[Ass
         },
         "data": {RESULTS_KEY: merged.text},
     });
-    match there {
-        Some(map) => {
-            if map.data.as_ref().and_then(|d| d.get(RESULTS_KEY)) != Some(&merged.text) {
-                let mut object = object;
-                if let Some(metadata) = object.get_mut("metadata").and_then(serde_json::Value::as_object_mut) {
-                    metadata.insert("resourceVersion".into(), json!(map.resource_version()));
-                }
-                api.patch(&name, &apply_params(), &Patch::Apply(&object)).await?;
+    if let Some(map) = there {
+        if map.data.as_ref().and_then(|d| d.get(RESULTS_KEY)) != Some(&merged.text) {
+            let mut object = object;
+            if let Some(metadata) = object
+                .get_mut("metadata")
+                .and_then(serde_json::Value::as_object_mut)
+            {
+                metadata.insert("resourceVersion".into(), json!(map.resource_version()));
             }
+            api.patch(&name, &apply_params(), &Patch::Apply(&object)).await?;
         }
-        None => {
-            let map: ConfigMap = serde_json::from_value(object).map_err(|e| StepError::Unreachable(Box::new(kube::Error::SerdeError(e))))?;
-            // Made by someone in between: a conflict, and the next round looks whose it is.
-            api.create(&post_params(), &map).await?;
-        }
+    } else {
+        let map: ConfigMap = serde_json::from_value(object).map_err(kube::Error::SerdeError)?;
+        // Made by someone in between: a conflict, and the next round looks whose it is.
+        api.create(&post_params(), &map).await?;
     }
     Ok(Publication::Done(ResultStatus {
         location: format!("configmap/{name}"),
@@ -93,37 +106,65 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 fn conflict(map: &ConfigMap, uid: &str) -> Option<Publication> {
-    let owner = map.annotations().get(RESULT_JOB_UID_ANNOTATION).map(String::as_str);
+    let owner = map
+        .annotations()
+        .get(RESULT_JOB_UID_ANNOTATION)
+        .map(String::as_str);
     if owner == Some(uid) {
         return None;
     }
-    let whose = owner.map_or_else(|| "was not made by GoGrid".to_owned(), |o| format!("belongs to the job with uid {o}"));
-    Some(refused("OutputConflict", format!("ConfigMap {} exists and {whose}: delete it or name another in spec.output.configMap", map.name_any())))
+    let whose = owner.map_or_else(
+        || "was not made by GoGrid".to_owned(),
+        |o| format!("belongs to the job with uid {o}"),
+    );
+    Some(refused(
+        "OutputConflict",
+        format!(
+            "ConfigMap {} exists and {whose}: delete it or name another in spec.output.configMap",
+            map.name_any()
+        ),
+    ))
 }
 
 /// Every chunk that its own assignment's node wrote, and the names of those that are not there or not such.
-async fn collect(executor: &Executor, runs: &[Assignment]) -> Result<(Vec<EpochChunks>, Vec<String>), StepError> {
+async fn collect(
+    executor: &Executor,
+    runs: &[Assignment],
+) -> Result<(Vec<EpochChunks>, Vec<String>), StepError> {
     let api: Api<ConfigMap> = Api::namespaced(executor.client.clone(), &executor.namespace);
     let mut epochs = vec![];
     let mut missing = vec![];
     for run in runs {
-        let count = run.status.as_ref().and_then(|s| s.checkpoint.as_ref()).map_or(0, |c| c.chunks);
+        let count = run
+            .status
+            .as_ref()
+            .and_then(|s| s.checkpoint.as_ref())
+            .map_or(0, |c| c.chunks);
         let mut chunks = vec![];
         for n in 0..u32::try_from(count).unwrap_or(0) {
             let name = names::result_chunk(&run.name_any(), n);
             let map = api.get_opt(&name).await?;
-            let text = map.filter(|m| written_by(m, run)).and_then(|m| m.data?.remove(RESULTS_KEY));
+            let text = map
+                .filter(|m| written_by(m, run))
+                .and_then(|m| m.data?.remove(RESULTS_KEY));
             match text {
                 Some(text) => chunks.push(text),
                 None => missing.push(name),
             }
         }
-        epochs.push(EpochChunks { epoch: run.spec.epoch, skip: run.spec.skip.clone(), chunks });
+        epochs.push(EpochChunks {
+            epoch: run.spec.epoch,
+            skip: run.spec.skip.clone(),
+            chunks,
+        });
     }
     Ok((epochs, missing))
 }
 
 fn written_by(map: &ConfigMap, run: &Assignment) -> bool {
     let node = map.labels().get(NODE_LABEL) == Some(&run.spec.node_name);
-    node && map.owner_references().iter().any(|o| Some(&o.uid) == run.metadata.uid.as_ref())
+    node && map
+        .owner_references()
+        .iter()
+        .any(|o| Some(&o.uid) == run.metadata.uid.as_ref())
 }

@@ -73,12 +73,26 @@ pub(crate) fn merge(mut epochs: Vec<EpochChunks>, expected: i64) -> Result<Merge
     let last_epoch = epochs.last().map_or(0, |e| e.epoch);
     let skip = epochs.last().map(|e| e.skip.clone()).unwrap_or_default();
     let mut by_line: BTreeMap<i64, (String, bool)> = BTreeMap::new();
-    for EpochChunks { epoch, skip: _, chunks } in epochs {
-        for text in chunks.iter().flat_map(|c| c.lines()).filter(|l| !l.trim().is_empty()) {
-            let line: Line = serde_json::from_str(text).map_err(|e| MergeError::Unreadable { epoch, cause: e.to_string() })?;
+    for EpochChunks {
+        epoch,
+        skip: _,
+        chunks,
+    } in epochs
+    {
+        for text in chunks
+            .iter()
+            .flat_map(|c| c.lines())
+            .filter(|l| !l.trim().is_empty())
+        {
+            let line: Line = serde_json::from_str(text).map_err(|e| MergeError::Unreadable {
+                epoch,
+                cause: e.to_string(),
+            })?;
             if (epoch == last_epoch) != within(&skip, line.line) {
                 let failed = line.error.is_some_and(|e| !e.is_null());
-                by_line.entry(line.line).or_insert_with(|| (text.to_owned(), failed));
+                by_line
+                    .entry(line.line)
+                    .or_insert_with(|| (text.to_owned(), failed));
             }
         }
     }
@@ -92,12 +106,19 @@ pub(crate) fn merge(mut epochs: Vec<EpochChunks>, expected: i64) -> Result<Merge
         text.push_str(line);
         text.push('\n');
     }
-    Ok(Merged { text, records: found, failed })
+    Ok(Merged {
+        text,
+        records: found,
+        failed,
+    })
 }
 
 /// The beginning of a result, cut at a whole line where one fits.
 pub(crate) fn preview(text: &str) -> String {
-    let cut = text.char_indices().nth(PREVIEW_CHARS).map_or(text.len(), |(at, _)| at);
+    let cut = text
+        .char_indices()
+        .nth(PREVIEW_CHARS)
+        .map_or(text.len(), |(at, _)| at);
     let head = text.get(..cut).unwrap_or("");
     match head.rfind('\n') {
         Some(at) => head.get(..=at).unwrap_or(head).to_owned(),
@@ -111,7 +132,10 @@ pub(crate) fn union(ranges: impl Iterator<Item = LineRange>, most: usize) -> Vec
     sorted.sort_by_key(|r| (r.first, r.last));
     let mut merged: Vec<LineRange> = vec![];
     for range in sorted {
-        match merged.last_mut().filter(|l| range.first <= l.last.saturating_add(1)) {
+        match merged
+            .last_mut()
+            .filter(|l| range.first <= l.last.saturating_add(1))
+        {
             Some(last) => last.last = last.last.max(range.last),
             None => merged.push(range),
         }
@@ -129,31 +153,69 @@ mod tests {
     }
 
     fn answers(who: &str, lines: &[i64]) -> String {
-        lines.iter().map(|l| format!("{{\"line\":{l},\"who\":\"{who}\",\"error\":null}}\n")).collect()
+        let answer = |l: &i64| format!("{{\"line\":{l},\"who\":\"{who}\",\"error\":null}}\n");
+        lines.iter().map(answer).collect::<Vec<_>>().concat()
     }
 
     #[test]
     fn every_line_appears_once_in_order_and_a_late_zombie_answer_is_left_out() {
-        let first = EpochChunks { epoch: 1, skip: vec![], chunks: vec![answers("old", &[2, 1]), answers("zombie", &[3])] };
-        let second = EpochChunks { epoch: 2, skip: vec![range(1, 2)], chunks: vec![answers("new", &[4, 3])] };
+        let first = EpochChunks {
+            epoch: 1,
+            skip: vec![],
+            chunks: vec![answers("old", &[2, 1]), answers("zombie", &[3])],
+        };
+        let second = EpochChunks {
+            epoch: 2,
+            skip: vec![range(1, 2)],
+            chunks: vec![answers("new", &[4, 3])],
+        };
         let merged = merge(vec![second, first], 4).unwrap();
-        let whos: Vec<_> = merged.text.lines().map(|l| l.split('"').nth(5).unwrap().to_owned()).collect();
+        let whos: Vec<_> = merged
+            .text
+            .lines()
+            .map(|l| l.split('"').nth(5).unwrap().to_owned())
+            .collect();
         assert_eq!(whos, ["old", "old", "new", "new"]);
         assert_eq!((merged.records, merged.failed), (4, 0));
     }
 
     #[test]
     fn a_missing_or_unreadable_answer_is_an_error_with_numbers() {
-        let one = EpochChunks { epoch: 1, skip: vec![], chunks: vec![answers("a", &[1])] };
-        assert_eq!(merge(vec![one], 2), Err(MergeError::Incomplete { found: 1, expected: 2 }));
-        let bad = EpochChunks { epoch: 1, skip: vec![], chunks: vec!["{}".into()] };
-        assert!(matches!(merge(vec![bad], 1), Err(MergeError::Unreadable { epoch: 1, .. })));
+        let one = EpochChunks {
+            epoch: 1,
+            skip: vec![],
+            chunks: vec![answers("a", &[1])],
+        };
+        assert_eq!(
+            merge(vec![one], 2),
+            Err(MergeError::Incomplete {
+                found: 1,
+                expected: 2
+            })
+        );
+        let bad = EpochChunks {
+            epoch: 1,
+            skip: vec![],
+            chunks: vec!["{}".into()],
+        };
+        assert!(matches!(
+            merge(vec![bad], 1),
+            Err(MergeError::Unreadable { epoch: 1, .. })
+        ));
     }
 
     #[test]
     fn failed_records_are_counted_and_the_preview_ends_at_a_line() {
         let chunk = "{\"line\":1,\"error\":{\"code\":\"x\"}}\n{\"line\":2}\n";
-        let merged = merge(vec![EpochChunks { epoch: 1, skip: vec![], chunks: vec![chunk.into()] }], 2).unwrap();
+        let merged = merge(
+            vec![EpochChunks {
+                epoch: 1,
+                skip: vec![],
+                chunks: vec![chunk.into()],
+            }],
+            2,
+        )
+        .unwrap();
         assert_eq!(merged.failed, 1);
         let long = format!("{}\n{}\n", "a".repeat(1000), "b".repeat(100));
         assert_eq!(preview(&long).len(), 1001);
@@ -163,7 +225,10 @@ mod tests {
     #[test]
     fn ranges_that_touch_become_one_and_the_number_of_ranges_is_bounded() {
         let all = [range(5, 6), range(1, 2), range(3, 3), range(9, 9), range(6, 7)];
-        assert_eq!(union(all.into_iter(), 10), [range(1, 3), range(5, 7), range(9, 9)]);
+        assert_eq!(
+            union(all.into_iter(), 10),
+            [range(1, 3), range(5, 7), range(9, 9)]
+        );
         assert_eq!(union(all.into_iter(), 1), [range(1, 3)]);
     }
 }

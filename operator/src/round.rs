@@ -5,15 +5,18 @@
 
 use crate::apply::Op;
 use crate::config::Config;
-use crate::models::{self, Models};
+use crate::models::Models;
 use crate::order;
+use crate::orphans;
 use crate::status::{Draft, urgent};
 use crate::store::{Claim, Store};
 use crate::validate;
 use gogrid_api::assignment::{JobReference, Kind, ModelFacts, StagedInput, State, Stop, StopReason};
 use gogrid_api::job::conditions;
 use gogrid_api::{Assignment, Bytes, InferenceJob, InferenceJobStatus, Millis, condition, effective_profile};
-use gogrid_planner::lifecycle::{self, AGENT_RESTARTED, InputState, Publication, Refusal, RunsOn, Step, View};
+use gogrid_planner::lifecycle::{
+    self, AGENT_RESTARTED, InputState, Publication, Refusal, RunsOn, Step, View,
+};
 use gogrid_planner::queue::{self, Waiting};
 use gogrid_planner::{Decision, Demand, Heartbeat, JobRequest, World, plan};
 use kube::ResourceExt as _;
@@ -63,18 +66,28 @@ struct ToPlace<'a> {
     inputs: Vec<StagedInput>,
 }
 
-fn over(a: &Assignment) -> bool {
-    a.status.as_ref().and_then(|s| s.state).is_some_and(State::is_over)
+pub(crate) fn over(a: &Assignment) -> bool {
+    a.status
+        .as_ref()
+        .and_then(|s| s.state)
+        .is_some_and(State::is_over)
 }
 
 impl<'a> Round<'a> {
     /// All work that can be begun now.
     pub(crate) fn works(&self) -> Vec<Work> {
-        let pending = self.busy.iter().filter_map(|(uid, claim)| Some((uid.clone(), claim.clone()?))).collect();
+        let pending = self
+            .busy
+            .iter()
+            .filter_map(|(uid, claim)| Some((uid.clone(), claim.clone()?)))
+            .collect();
         let mut world = match self.store.world(self.now, &pending) {
             Ok(world) => world,
             Err(error) => {
-                tracing::error!(error = crate::error_text(&error), "the world contradicts itself, nothing is placed");
+                tracing::error!(
+                    error = crate::error_text(&error),
+                    "the world contradicts itself, nothing is placed"
+                );
                 return vec![];
             }
         };
@@ -90,12 +103,15 @@ impl<'a> Round<'a> {
             let assignments = by_job.get(uid.as_str()).unwrap_or(&none);
             self.look(uid, job, assignments, &models, &world, &mut works, &mut to_place);
         }
-        self.place(&mut world, to_place, &mut works);
+        self.place(&mut world, &to_place, &mut works);
         self.orphans(&by_job, &mut works);
         works
     }
 
-    #[expect(clippy::too_many_arguments, reason = "the inputs of one decision and its two outlets")]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the inputs of one decision and its two outlets"
+    )]
     fn look(
         &self,
         uid: &str,
@@ -108,9 +124,16 @@ impl<'a> Round<'a> {
     ) {
         let empty = Memory::default();
         let memory = self.memory.get(uid).unwrap_or(&empty);
-        let mut runs: Vec<&Assignment> = assignments.iter().copied().filter(|a| a.spec.kind == Kind::Run).collect();
+        let mut runs: Vec<&Assignment> = assignments
+            .iter()
+            .copied()
+            .filter(|a| a.spec.kind == Kind::Run)
+            .collect();
         runs.sort_by_key(|a| a.spec.epoch);
-        let staged = memory.staged.clone().or_else(|| runs.last().map(|a| a.spec.inputs.clone()));
+        let staged = memory
+            .staged
+            .clone()
+            .or_else(|| runs.last().map(|a| a.spec.inputs.clone()));
         let input = match (&staged, &memory.refused) {
             (Some(_), _) => InputState::Staged,
             (None, Some((refusal, until))) if *until > self.now => InputState::Refused(refusal.clone()),
@@ -118,10 +141,18 @@ impl<'a> Round<'a> {
         };
         let refusal = validate::refusal(&job.spec, &self.config.model_roots);
         let (model, facts) = models.of(self.store, self.now, job, assignments);
-        let placed_on = job.status.as_ref().and_then(|s| s.placement.as_ref()).map(|p| p.node_name.clone());
+        let placed_on = job
+            .status
+            .as_ref()
+            .and_then(|s| s.placement.as_ref())
+            .map(|p| p.node_name.clone());
         let runs_on = placed_on.map(|node| {
             let (heartbeat, session) = self.store.heartbeat(self.now, &node);
-            RunsOn { node, heartbeat, session }
+            RunsOn {
+                node,
+                heartbeat,
+                session,
+            }
         });
         let class = job.spec.priority_class_name.as_deref();
         let view = View {
@@ -145,13 +176,23 @@ impl<'a> Round<'a> {
             Step::Wait(reason) => ("Wait", self.write(job, memory, draft().wait(&reason).done())),
             Step::Mirror => {
                 let node = current.and_then(|run| self.store.gpu_nodes.get(&run.spec.node_name));
-                ("Mirror", current.map_or(vec![], |run| self.write(job, memory, draft().mirror(run, node).done())))
+                (
+                    "Mirror",
+                    current.map_or(vec![], |run| {
+                        self.write(job, memory, draft().mirror(run, node).done())
+                    }),
+                )
             }
             Step::Inspect => ("Inspect", self.inspect(job, assignments, memory, world)),
             Step::Stage => ("Stage", vec![Op::Stage]),
             Step::Place => {
                 if let (Some(facts), Some(inputs)) = (facts, staged) {
-                    to_place.push(ToPlace { job, runs, facts, inputs });
+                    to_place.push(ToPlace {
+                        job,
+                        runs,
+                        facts,
+                        inputs,
+                    });
                 }
                 return;
             }
@@ -159,17 +200,33 @@ impl<'a> Round<'a> {
             Step::Stop { assignment, reason } => ("Stop", self.stop(&assignment, reason)),
             Step::Suspend => ("Suspend", self.write(job, memory, draft().suspend().done())),
             Step::Resume => ("Resume", self.write(job, memory, draft().resume().done())),
-            Step::Requeue { failure, counted } => ("Requeue", self.write(job, memory, draft().requeue(&failure, counted).done())),
+            Step::Requeue { failure, counted } => (
+                "Requeue",
+                self.write(job, memory, draft().requeue(&failure, counted).done()),
+            ),
             Step::Publish => {
                 let records = current.map_or(0, |r| r.spec.inputs.iter().map(|i| i64::from(i.records)).sum());
-                ("Publish", vec![Op::Publish(runs.into_iter().cloned().collect(), records)])
+                (
+                    "Publish",
+                    vec![Op::Publish(runs.into_iter().cloned().collect(), records)],
+                )
             }
-            Step::Finish(outcome) => ("Finish", self.write(job, memory, draft().finish(&outcome, current).done())),
-            Step::CleanUp => ("CleanUp", clean_up(uid, assignments)),
+            Step::Finish(outcome) => (
+                "Finish",
+                self.write(job, memory, draft().finish(&outcome, current).done()),
+            ),
+            Step::CleanUp => ("CleanUp", orphans::clean_up(uid, assignments)),
             Step::DeleteJob => ("DeleteJob", vec![Op::DeleteJob]),
         };
         if !ops.is_empty() {
-            works.push(Work { uid: uid.into(), job: Some(job.clone()), only_if_gone: None, step: name, ops, claim: None });
+            works.push(Work {
+                uid: uid.into(),
+                job: Some(job.clone()),
+                only_if_gone: None,
+                step: name,
+                ops,
+                claim: None,
+            });
         }
     }
 
@@ -177,13 +234,23 @@ impl<'a> Round<'a> {
     fn write(&self, job: &InferenceJob, memory: &Memory, new: InferenceJobStatus) -> Vec<Op> {
         let old = job.status.as_ref();
         let interval = self.config.timing.lease().0 * 3 / 2;
-        let due = memory.written.is_none_or(|at| self.now.0.saturating_sub(at.0) >= interval);
-        if old != Some(&new) && (due || urgent(old, &new)) { vec![Op::WriteStatus(Box::new(new))] } else { vec![] }
+        let due = memory
+            .written
+            .is_none_or(|at| self.now.0.saturating_sub(at.0) >= interval);
+        if old != Some(&new) && (due || urgent(old, &new)) {
+            vec![Op::WriteStatus(Box::new(new))]
+        } else {
+            vec![]
+        }
     }
 
-    fn request(&self, job: &InferenceJob, demand: Demand, layers: i32) -> JobRequest {
+    fn request(job: &InferenceJob, demand: Demand, layers: i32) -> JobRequest {
         let spec = &job.spec;
-        let restarted = job.status.as_ref().filter(|s| s.last_failure.as_ref().is_some_and(|f| f.reason == AGENT_RESTARTED));
+        let restarted = job.status.as_ref().filter(|s| {
+            s.last_failure
+                .as_ref()
+                .is_some_and(|f| f.reason == AGENT_RESTARTED)
+        });
         JobRequest {
             name: gogrid_api::names::job_key(job),
             demand,
@@ -195,61 +262,150 @@ impl<'a> Round<'a> {
             cpu_fallback: spec.placement.cpu_fallback,
             split: spec.placement.split,
             profile_name: spec.profile_name.clone(),
-            preferred_node: restarted.and_then(|s| s.placement.as_ref()).map(|p| p.node_name.clone()),
+            preferred_node: restarted
+                .and_then(|s| s.placement.as_ref())
+                .map(|p| p.node_name.clone()),
         }
     }
 
-    fn inspect(&self, job: &InferenceJob, assignments: &[&Assignment], memory: &Memory, world: &World) -> Vec<Op> {
-        match plan(world, &self.request(job, Demand::Fixed(Bytes(0)), 1)) {
+    fn inspect(
+        &self,
+        job: &InferenceJob,
+        assignments: &[&Assignment],
+        memory: &Memory,
+        world: &World,
+    ) -> Vec<Op> {
+        match plan(world, &Self::request(job, Demand::Fixed(Bytes(0)), 1)) {
             Decision::Place(planned) => {
-                let last = assignments.iter().filter(|a| a.spec.kind == Kind::Inspect).map(|a| order::attempt(a)).max();
+                let last = assignments
+                    .iter()
+                    .filter(|a| a.spec.kind == Kind::Inspect)
+                    .map(|a| order::attempt(a))
+                    .max();
                 let attempt = last.map_or(0, |n| n.saturating_add(1));
-                vec![Op::Create(Box::new(order::inspection(job, attempt, self.term, &planned.node, &planned.session)))]
+                vec![Op::Create(Box::new(order::inspection(
+                    job,
+                    attempt,
+                    self.term,
+                    &planned.node,
+                    &planned.session,
+                )))]
             }
-            Decision::Unplaced(unplaced) => self.write(job, memory, Draft::new(job, self.wall).unplaced(&unplaced, 1).done()),
+            Decision::Unplaced(unplaced) => self.write(
+                job,
+                memory,
+                Draft::new(job, self.wall).unplaced(&unplaced, 1).done(),
+            ),
         }
     }
 
     /// The order that a status promises and that is not there: a crash came between the two writes.
-    fn create_again(&self, job: &InferenceJob, runs: &[&Assignment], staged: Option<Vec<StagedInput>>, on: Option<RunsOn>) -> Vec<Op> {
-        let (Some(status), Some(on)) = (&job.status, on) else { return vec![] };
+    fn create_again(
+        &self,
+        job: &InferenceJob,
+        runs: &[&Assignment],
+        staged: Option<Vec<StagedInput>>,
+        on: Option<RunsOn>,
+    ) -> Vec<Op> {
+        let (Some(status), Some(on)) = (&job.status, on) else {
+            return vec![];
+        };
         if on.heartbeat == Heartbeat::Lost {
             let message = format!("node {} stopped renewing its lease", on.node);
-            let failure = gogrid_api::job::Failure { reason: lifecycle::NODE_LOST.into(), message, retryable: true };
-            return vec![Op::WriteStatus(Box::new(Draft::new(job, self.wall).requeue(&failure, false).done()))];
+            let failure = gogrid_api::job::Failure {
+                reason: lifecycle::NODE_LOST.into(),
+                message,
+                retryable: true,
+            };
+            return vec![Op::WriteStatus(Box::new(
+                Draft::new(job, self.wall).requeue(&failure, false).done(),
+            ))];
         }
-        let Some(inputs) = staged else { return vec![Op::Stage] };
+        let Some(inputs) = staged else {
+            return vec![Op::Stage];
+        };
         let Some(session) = on.session else { return vec![] };
-        let labels = self.store.nodes.get(&on.node).map(|n| n.labels.clone()).unwrap_or_default();
-        let effective = effective_profile(&self.store.named_profiles(), &labels, job.spec.profile_name.as_deref());
+        let labels = self
+            .store
+            .nodes
+            .get(&on.node)
+            .map(|n| n.labels.clone())
+            .unwrap_or_default();
+        let effective = effective_profile(
+            &self.store.named_profiles(),
+            &labels,
+            job.spec.profile_name.as_deref(),
+        );
         let parallel_limit = effective.map_or(1, |e| e.limits.max_batch);
-        let former: Vec<&Assignment> = runs.iter().copied().filter(|r| r.spec.epoch < status.epoch).collect();
-        let order = order::run(job, status, order::Run { session, parallel_limit, inputs, former: &former });
-        order.map(|o| Op::CreateIfStill(Box::new(o))).into_iter().collect()
+        let former: Vec<&Assignment> = runs
+            .iter()
+            .copied()
+            .filter(|r| r.spec.epoch < status.epoch)
+            .collect();
+        let order = order::run(
+            job,
+            status,
+            order::Run {
+                session,
+                parallel_limit,
+                inputs,
+                former: &former,
+            },
+        );
+        order
+            .map(|o| Op::CreateIfStill(Box::new(o)))
+            .into_iter()
+            .collect()
     }
 
-    fn stop_order(&self, reason: StopReason) -> Stop {
+    pub(crate) fn stop_order(&self, reason: StopReason) -> Stop {
         let seconds = (self.config.timing.checkpoint().0 / 1000).max(1);
-        Stop { reason, grace_seconds: i32::try_from(seconds).unwrap_or(30) }
+        Stop {
+            reason,
+            grace_seconds: i32::try_from(seconds).unwrap_or(30),
+        }
     }
 
     fn stop(&self, assignment: &str, reason: StopReason) -> Vec<Op> {
         let found = self.store.assignments.get(assignment);
-        found.map(|a| Op::Stop(Box::new(a.clone()), self.stop_order(reason))).into_iter().collect()
+        found
+            .map(|a| Op::Stop(Box::new(a.clone()), self.stop_order(reason)))
+            .into_iter()
+            .collect()
     }
 
-    fn place(&self, world: &mut World, jobs: Vec<ToPlace<'a>>, works: &mut Vec<Work>) {
+    fn place(&self, world: &mut World, jobs: &[ToPlace<'a>], works: &mut Vec<Work>) {
         let waiting: Vec<Waiting> = jobs
             .iter()
             .map(|p| Waiting {
-                priority: p.job.spec.priority_class_name.as_ref().and_then(|n| self.store.priorities.get(n)).copied().unwrap_or(0),
-                created: p.job.metadata.creation_timestamp.as_ref().map_or(0, |t| t.0.as_second()),
+                priority: p
+                    .job
+                    .spec
+                    .priority_class_name
+                    .as_ref()
+                    .and_then(|n| self.store.priorities.get(n))
+                    .copied()
+                    .unwrap_or(0),
+                created: p
+                    .job
+                    .metadata
+                    .creation_timestamp
+                    .as_ref()
+                    .map_or(0, |t| t.0.as_second()),
                 name: gogrid_api::names::job_key(p.job),
             })
             .collect();
         let mut position = 0;
         for index in queue::order(&waiting) {
-            let Some(ToPlace { job, runs, facts, inputs }) = jobs.get(index) else { continue };
+            let Some(ToPlace {
+                job,
+                runs,
+                facts,
+                inputs,
+            }) = jobs.get(index)
+            else {
+                continue;
+            };
             let spec = &job.spec;
             let demand = match spec.memory.as_ref().and_then(|m| m.vram.bytes().ok()) {
                 Some(bytes) => Demand::Fixed(bytes),
@@ -262,7 +418,7 @@ impl<'a> Round<'a> {
             let uid = job.uid().unwrap_or_default();
             let empty = Memory::default();
             let draft = Draft::new(job, self.wall);
-            let (ops, claim) = match plan(world, &self.request(job, demand, facts.layers)) {
+            let (ops, claim) = match plan(world, &Self::request(job, demand, facts.layers)) {
                 Decision::Place(planned) => {
                     world.take(&planned);
                     let file = spec.model.uri.rsplit('/').next().unwrap_or(&spec.model.uri);
@@ -275,7 +431,10 @@ impl<'a> Round<'a> {
                         former: runs,
                     };
                     let order = order::run(job, &status, run);
-                    let claim = status.placement.as_ref().map(|p| Claim { node: p.node_name.clone(), stages: p.stages.clone() });
+                    let claim = status.placement.as_ref().map(|p| Claim {
+                        node: p.node_name.clone(),
+                        stages: p.stages.clone(),
+                    });
                     let mut ops = vec![Op::WriteStatus(Box::new(status))];
                     ops.extend(order.map(|o| Op::Create(Box::new(o))));
                     (ops, claim)
@@ -283,64 +442,38 @@ impl<'a> Round<'a> {
                 Decision::Unplaced(unplaced) => {
                     position += 1;
                     let memory = self.memory.get(&uid).unwrap_or(&empty);
-                    (self.write(job, memory, draft.unplaced(&unplaced, position).done()), None)
+                    (
+                        self.write(job, memory, draft.unplaced(&unplaced, position).done()),
+                        None,
+                    )
                 }
             };
             let step = if claim.is_some() { "Place" } else { "Wait" };
             if !ops.is_empty() {
-                works.push(Work { uid, job: Some((*job).clone()), only_if_gone: None, step, ops, claim });
+                works.push(Work {
+                    uid,
+                    job: Some((*job).clone()),
+                    only_if_gone: None,
+                    step,
+                    ops,
+                    claim,
+                });
             }
         }
     }
-
-    /// What was made for jobs that are gone, also while nobody led.
-    fn orphans(&self, by_job: &BTreeMap<&str, Vec<&'a Assignment>>, works: &mut Vec<Work>) {
-        let uids: BTreeSet<&str> = by_job.keys().copied().chain(self.has_inputs.iter().map(String::as_str)).collect();
-        for uid in uids.into_iter().filter(|u| !self.store.jobs.contains_key(*u) && !self.busy.contains_key(*u)) {
-            if self.memory.get(uid).is_some_and(|m| m.not_before > self.now) {
-                continue;
-            }
-            let missing = self.missing_since.get(uid).map_or(0, |since| self.now.0.saturating_sub(since.0));
-            let assignments = by_job.get(uid).cloned().unwrap_or_default();
-            let mut ops = vec![];
-            for a in &assignments {
-                let patience = missing < self.config.timing.checkpoint().0 * 2;
-                let runs = a.spec.kind == Kind::Run && !over(a) && !models::lost(self.store, self.now, a) && patience;
-                match (runs, a.spec.stop.is_none()) {
-                    (true, true) => ops.push(Op::Stop(Box::new((*a).clone()), self.stop_order(StopReason::JobDeleted))),
-                    (true, false) => {}
-                    (false, _) => ops.push(Op::DeleteAssignment(Box::new((*a).clone()))),
-                }
-            }
-            // Inputs go last, and only after the job's absence can't be a cache that lags.
-            if assignments.is_empty() && self.has_inputs.contains(uid) && missing > self.config.timing.drift_margin().0 {
-                ops.push(Op::DeleteInputs(uid.into()));
-            }
-            if !ops.is_empty() {
-                let only_if_gone = assignments.first().map(|a| a.spec.job.clone());
-                works.push(Work { uid: uid.into(), job: None, only_if_gone, step: "Orphan", ops, claim: None });
-            }
-        }
-    }
-
-    /// Uids that something exists for, without a job.
-    pub(crate) fn missing(store: &Store, has_inputs: &BTreeSet<String>) -> BTreeSet<String> {
-        let made_for = store.assignments.values().map(|a| a.spec.job.uid.clone()).chain(has_inputs.iter().cloned());
-        made_for.filter(|uid| !store.jobs.contains_key(uid)).collect()
-    }
-}
-
-fn clean_up(uid: &str, assignments: &[&Assignment]) -> Vec<Op> {
-    let deletes = assignments.iter().map(|a| Op::DeleteAssignment(Box::new((*a).clone())));
-    deletes.chain([Op::DeleteInputs(uid.into())]).collect()
 }
 
 /// Jobs by the reason of their summary condition.
 pub(crate) fn count_states(store: &Store) -> BTreeMap<String, i64> {
     let mut counts = BTreeMap::new();
     for job in store.jobs.values() {
-        let summary = job.status.as_ref().and_then(|s| condition::find(&s.conditions, conditions::SUCCEEDED));
-        *counts.entry(summary.map_or_else(|| "New".into(), |c| c.reason.clone())).or_insert(0) += 1;
+        let summary = job
+            .status
+            .as_ref()
+            .and_then(|s| condition::find(&s.conditions, conditions::SUCCEEDED));
+        *counts
+            .entry(summary.map_or_else(|| "New".into(), |c| c.reason.clone()))
+            .or_insert(0) += 1;
     }
     counts
 }

@@ -69,7 +69,12 @@ impl Sim {
     }
 
     fn node(&mut self, name: &str, session: &str) {
-        let info = NodeInfo { name: name.into(), labels: BTreeMap::new(), taints: vec![], unschedulable: false };
+        let info = NodeInfo {
+            name: name.into(),
+            labels: BTreeMap::new(),
+            taints: vec![],
+            unschedulable: false,
+        };
         self.see(Observation::Node(Change::Changed(Box::new(info))));
         let facts = json!({
             "architecture": "llama", "name": "tiny", "quantization": "Q8_0", "fileBytes": 1_100_000, "weightBytes": 1_000_000,
@@ -92,7 +97,11 @@ impl Sim {
 
     fn beat(&mut self, name: &str, session: &str) {
         self.version += 1;
-        let lease = LeaseInfo { name: format!("node-{name}"), holder: Some(session.into()), mark: self.version.to_string() };
+        let lease = LeaseInfo {
+            name: format!("node-{name}"),
+            holder: Some(session.into()),
+            mark: self.version.to_string(),
+        };
         self.see(Observation::Lease(Change::Changed(Box::new(lease))));
     }
 
@@ -167,7 +176,11 @@ impl Sim {
                     self.writes += 1;
                     let mut job = self.store.jobs.get(&work.uid).unwrap().clone();
                     let old = job.status.clone().unwrap_or_default();
-                    assert!(status.epoch == old.epoch + 1 || (status.epoch == old.epoch && status.placement == old.placement), "the fence rule");
+                    assert!(
+                        status.epoch == old.epoch + 1
+                            || (status.epoch == old.epoch && status.placement == old.placement),
+                        "the fence rule"
+                    );
                     job.status = Some(*status);
                     job.metadata.resource_version = version;
                     memory.written = Some(Millis(self.now));
@@ -175,7 +188,11 @@ impl Sim {
                 }
                 Op::Stage => {
                     self.has_inputs.insert(work.uid.clone());
-                    memory.staged = Some(vec![StagedInput { config_map: "input-u-0".into(), first_line: 1, records: 2 }]);
+                    memory.staged = Some(vec![StagedInput {
+                        config_map: "input-u-0".into(),
+                        first_line: 1,
+                        records: 2,
+                    }]);
                 }
                 Op::Create(a) | Op::CreateIfStill(a) => {
                     let mut a = *a;
@@ -210,7 +227,10 @@ impl Sim {
 
     fn reason(&self) -> String {
         let status = self.store.jobs.get("u").and_then(|j| j.status.clone()).unwrap();
-        condition::find(&status.conditions, "Succeeded").unwrap().reason.clone()
+        condition::find(&status.conditions, "Succeeded")
+            .unwrap()
+            .reason
+            .clone()
     }
 
     fn is(&self, type_: &str) -> bool {
@@ -272,7 +292,10 @@ fn a_lost_node_costs_an_epoch_and_answered_lines_are_left_out_there() {
     sim.pass(46, &[("b", "t1")]);
     sim.settle();
     let second = sim.run("u-2");
-    assert_eq!((second.spec.node_name.as_str(), second.spec.max_failed_records), ("b", Some(4)));
+    assert_eq!(
+        (second.spec.node_name.as_str(), second.spec.max_failed_records),
+        ("b", Some(4))
+    );
     assert_eq!(second.spec.skip.len(), 1);
     assert!(sim.run("u-1").spec.stop.is_some(), "the zombie is told to stop");
     let status = sim.store.jobs.get("u").unwrap().status.clone().unwrap();
@@ -295,7 +318,10 @@ fn an_agent_that_started_again_gets_the_job_back_at_once() {
     sim.node("a", "s2");
     sim.settle();
     let second = sim.run("u-2");
-    assert_eq!((second.spec.node_name.as_str(), second.spec.session.as_str()), ("a", "s2"));
+    assert_eq!(
+        (second.spec.node_name.as_str(), second.spec.session.as_str()),
+        ("a", "s2")
+    );
 }
 
 #[test]
@@ -308,7 +334,10 @@ fn suspend_waits_for_the_agent_and_resume_counts_a_new_epoch() {
     sim.job(&json!({"suspend": true}));
     sim.settle();
     assert!(!sim.is("Suspended") && sim.run("u-1").spec.stop.is_some());
-    sim.agent("u-1", &json!({"state": "Stopped", "checkpoint": {"chunks": 1, "lines": [{"first": 2, "last": 2}]}}));
+    sim.agent(
+        "u-1",
+        &json!({"state": "Stopped", "checkpoint": {"chunks": 1, "lines": [{"first": 2, "last": 2}]}}),
+    );
     sim.settle();
     assert!(sim.is("Suspended") && !sim.is("Placed"));
     sim.pass(10, &[("a", "s1")]);
@@ -362,11 +391,26 @@ fn a_crash_between_placing_and_ordering_is_made_good_under_the_same_epoch() {
         term: 1,
     };
     let first = round.works();
-    assert!(matches!(first[0].ops[..], [Op::Stage]), "inputs are staged again first");
+    assert!(
+        matches!(first[0].ops[..], [Op::Stage]),
+        "inputs are staged again first"
+    );
     sim.memory.entry("u".into()).or_default().staged = Some(order.inputs.clone());
-    let round = Round { memory: &sim.memory, store: &sim.store, busy: &BTreeMap::new(), has_inputs: &sim.has_inputs, missing_since: &sim.missing_since, config: &sim.config, now: Millis(sim.now), wall: WALL, term: 1 };
+    let round = Round {
+        memory: &sim.memory,
+        store: &sim.store,
+        busy: &BTreeMap::new(),
+        has_inputs: &sim.has_inputs,
+        missing_since: &sim.missing_since,
+        config: &sim.config,
+        now: Millis(sim.now),
+        wall: WALL,
+        term: 1,
+    };
     let second = round.works();
-    let [Op::CreateIfStill(again)] = &second[0].ops[..] else { panic!("{:?}", second[0].ops) };
+    let [Op::CreateIfStill(again)] = &second[0].ops[..] else {
+        panic!("{:?}", second[0].ops)
+    };
     assert_eq!(again.spec, order);
     assert_eq!(sim.steps.len(), works);
 }

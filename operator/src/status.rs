@@ -3,15 +3,19 @@
 //! Owns: the wording of conditions and the rule when a difference is worth a write. Must not: decide what comes next.
 
 use crate::clock;
+use ConditionStatus::{False, True, Unknown};
 use gogrid_api::assignment::State;
 use gogrid_api::condition::{find, set_condition};
-use gogrid_api::job::{Candidate, EstimateStatus, Failure, LeaseStatus, PlacementStatus, Progress, Stage, conditions};
-use gogrid_api::{Assignment, ByteQuantity, Condition, ConditionStatus, GpuNode, InferenceJob, InferenceJobStatus, names};
+use gogrid_api::job::{
+    Candidate, EstimateStatus, Failure, LeaseStatus, PlacementStatus, Progress, Stage, conditions,
+};
+use gogrid_api::{
+    Assignment, ByteQuantity, Condition, ConditionStatus, GpuNode, InferenceJob, InferenceJobStatus, names,
+};
 use gogrid_planner::estimate::Estimated;
 use gogrid_planner::lifecycle::{Outcome, Refusal};
 use gogrid_planner::{Planned, Reason, Unplaced};
 use kube::ResourceExt as _;
-use ConditionStatus::{False, True, Unknown};
 
 /// A status in the making.
 pub(crate) struct Draft {
@@ -24,11 +28,20 @@ impl Draft {
     /// Starts from the stored status; a first visit sets the conditions that every job has.
     pub(crate) fn new(job: &InferenceJob, now: i64) -> Self {
         let status = job.status.clone().unwrap_or_default();
-        let mut draft = Self { status, generation: job.metadata.generation.unwrap_or(0), now };
+        let mut draft = Self {
+            status,
+            generation: job.metadata.generation.unwrap_or(0),
+            now,
+        };
         if find(&draft.status.conditions, conditions::SUCCEEDED).is_none() {
             draft.set(conditions::SUCCEEDED, Unknown, "Waiting", "the job was seen");
             draft.set(conditions::FINISHED, False, "Waiting", "the job is not over");
-            draft.set(conditions::SUSPENDED, False, "NotSuspended", "spec.suspend is false");
+            draft.set(
+                conditions::SUSPENDED,
+                False,
+                "NotSuspended",
+                "spec.suspend is false",
+            );
         }
         draft
     }
@@ -53,7 +66,12 @@ impl Draft {
     }
 
     fn accept(&mut self) {
-        self.set(conditions::ACCEPTED, True, "Accepted", "the spec can be carried out");
+        self.set(
+            conditions::ACCEPTED,
+            True,
+            "Accepted",
+            "the spec can be carried out",
+        );
     }
 
     /// The finished status.
@@ -95,7 +113,12 @@ impl Draft {
         self.status.candidates = unplaced
             .candidates
             .iter()
-            .map(|c| Candidate { node: c.node.clone(), free: c.free.into(), missing: c.missing.into(), reason: c.reason.word().into() })
+            .map(|c| Candidate {
+                node: c.node.clone(),
+                free: c.free.into(),
+                missing: c.missing.into(),
+                reason: c.reason.word().into(),
+            })
             .collect();
         self
     }
@@ -103,7 +126,13 @@ impl Draft {
     fn estimate(&mut self, e: &Estimated) {
         let [weights, kv_cache, compute, overhead, total] =
             [e.weights, e.kv_cache, e.compute, e.overhead, e.total].map(ByteQuantity::from);
-        self.status.estimate = Some(EstimateStatus { weights, kv_cache, compute, overhead, total });
+        self.status.estimate = Some(EstimateStatus {
+            weights,
+            kv_cache,
+            compute,
+            overhead,
+            total,
+        });
     }
 
     /// A place was found: the one write that raises the epoch.
@@ -112,10 +141,22 @@ impl Draft {
         let stages: Vec<Stage> = planned
             .stages
             .iter()
-            .map(|s| Stage { gpu_uuid: s.device.clone(), first_layer: s.first_layer, last_layer: s.last_layer, vram: s.bytes.into() })
+            .map(|s| Stage {
+                gpu_uuid: s.device.clone(),
+                first_layer: s.first_layer,
+                last_layer: s.last_layer,
+                vram: s.bytes.into(),
+            })
             .collect();
-        let devices = stages.iter().map(|s| s.gpu_uuid.as_str()).collect::<Vec<_>>().join(", ");
-        let message = format!("node {}, device {devices}, {} reserved", planned.node, planned.estimate.total);
+        let devices = stages
+            .iter()
+            .map(|s| s.gpu_uuid.as_str())
+            .collect::<Vec<_>>()
+            .join(", ");
+        let message = format!(
+            "node {}, device {devices}, {} reserved",
+            planned.node, planned.estimate.total
+        );
         self.set(conditions::PLACED, True, "Placed", &message);
         self.set(conditions::SUCCEEDED, Unknown, "Placed", &message);
         self.unset(conditions::LOADED, "NotLoaded", "the job was placed anew");
@@ -124,7 +165,10 @@ impl Draft {
         let status = &mut self.status;
         status.epoch += 1;
         status.term = status.term.max(term);
-        status.placement = Some(PlacementStatus { node_name: planned.node.clone(), stages });
+        status.placement = Some(PlacementStatus {
+            node_name: planned.node.clone(),
+            stages,
+        });
         status.start_time = status.start_time.take().or_else(|| Some(clock::time(self.now)));
         status.candidates.clear();
         status.queue_position = None;
@@ -138,30 +182,70 @@ impl Draft {
     /// How the running assignment goes.
     pub(crate) fn mirror(mut self, run: &Assignment, node: Option<&GpuNode>) -> Self {
         let status = run.status.clone().unwrap_or_default();
-        let heartbeat = node.and_then(|n| n.status.as_ref()).and_then(|s| s.heartbeat.as_ref());
+        let heartbeat = node
+            .and_then(|n| n.status.as_ref())
+            .and_then(|s| s.heartbeat.as_ref());
         let name = run.name_any();
-        let beat = heartbeat.and_then(|h| h.running.iter().find(|r| r.assignment == name).map(|r| (h, &r.progress)));
+        let beat = heartbeat.and_then(|h| {
+            h.running
+                .iter()
+                .find(|r| r.assignment == name)
+                .map(|r| (h, &r.progress))
+        });
         let where_ = format!("on node {}", run.spec.node_name);
         if run.spec.stop.is_some() {
-            self.set(conditions::SUCCEEDED, Unknown, "Stopping", &format!("stopping {where_}"));
+            self.set(
+                conditions::SUCCEEDED,
+                Unknown,
+                "Stopping",
+                &format!("stopping {where_}"),
+            );
         } else if let Some((word, message)) = running_word(status.state) {
-            self.set(conditions::SUCCEEDED, Unknown, word, &format!("{message} {where_}"));
+            self.set(
+                conditions::SUCCEEDED,
+                Unknown,
+                word,
+                &format!("{message} {where_}"),
+            );
         }
-        if matches!(status.state, Some(State::Fetching | State::Loading | State::Running | State::Stopping)) {
-            self.set(conditions::LEASE_HELD, True, "Renewed", &format!("the agent {where_} renews its lease"));
+        if matches!(
+            status.state,
+            Some(State::Fetching | State::Loading | State::Running | State::Stopping)
+        ) {
+            self.set(
+                conditions::LEASE_HELD,
+                True,
+                "Renewed",
+                &format!("the agent {where_} renews its lease"),
+            );
             self.status.lease = Some(LeaseStatus {
                 name: names::node_lease(&run.spec.node_name),
                 holder: run.spec.session.clone(),
-                last_heartbeat: beat.map(|(h, _)| h.renewed_at.clone()).or_else(|| self.status.lease.take().and_then(|l| l.last_heartbeat)),
+                last_heartbeat: beat
+                    .map(|(h, _)| h.renewed_at.clone())
+                    .or_else(|| self.status.lease.take().and_then(|l| l.last_heartbeat)),
             });
         }
         if matches!(status.state, Some(State::Loading | State::Running)) {
-            self.set(conditions::MODEL_VERIFIED, True, "DigestMatches", "the model's bytes match spec.model.sha256");
+            self.set(
+                conditions::MODEL_VERIFIED,
+                True,
+                "DigestMatches",
+                "the model's bytes match spec.model.sha256",
+            );
         }
         if status.state == Some(State::Running) {
-            self.set(conditions::LOADED, True, "Loaded", &format!("the model is in memory {where_}"));
+            self.set(
+                conditions::LOADED,
+                True,
+                "Loaded",
+                &format!("the model is in memory {where_}"),
+            );
         }
-        let newest = [status.progress, beat.map(|(_, p)| p.clone())].into_iter().flatten().max_by_key(|p: &Progress| p.done);
+        let newest = [status.progress, beat.map(|(_, p)| p.clone())]
+            .into_iter()
+            .flatten()
+            .max_by_key(|p: &Progress| p.done);
         if let Some(progress) = newest {
             self.status.progress = Some(progress);
         }
@@ -204,14 +288,23 @@ impl Draft {
             self.status.suspended_seconds += seconds.max(0);
         }
         self.set(conditions::SUSPENDED, False, "Resumed", "spec.suspend is false");
-        self.set(conditions::SUCCEEDED, Unknown, "Resumed", "the job waits for a place");
+        self.set(
+            conditions::SUCCEEDED,
+            Unknown,
+            "Resumed",
+            "the job waits for a place",
+        );
         self.set(conditions::PLACED, False, "Resumed", "the job waits for a place");
         self
     }
 
     /// It lost its place.
     pub(crate) fn requeue(mut self, failure: &Failure, counted: bool) -> Self {
-        let Failure { reason, message, retryable: _ } = failure;
+        let Failure {
+            reason,
+            message,
+            retryable: _,
+        } = failure;
         self.set(conditions::PLACED, False, reason, message);
         self.set(conditions::SUCCEEDED, Unknown, reason, message);
         self.release(reason);
@@ -233,12 +326,20 @@ impl Draft {
                 self.status.measured.clone_from(&status.measured);
             }
             if status.state == Some(State::Succeeded) {
-                self.set(conditions::MODEL_VERIFIED, True, "DigestMatches", "the model's bytes match spec.model.sha256");
+                self.set(
+                    conditions::MODEL_VERIFIED,
+                    True,
+                    "DigestMatches",
+                    "the model's bytes match spec.model.sha256",
+                );
             }
         }
         match outcome {
             Outcome::Succeeded(result) => {
-                let message = format!("{} records, {} of them failed, in {}", result.records, result.failed_records, result.location);
+                let message = format!(
+                    "{} records, {} of them failed, in {}",
+                    result.records, result.failed_records, result.location
+                );
                 self.set(conditions::SUCCEEDED, True, "Succeeded", &message);
                 self.set(conditions::FINISHED, True, "Succeeded", &message);
                 self.status.result = Some(result.clone());
@@ -247,7 +348,12 @@ impl Draft {
                 self.set(conditions::SUCCEEDED, False, &failure.reason, &failure.message);
                 self.set(conditions::FINISHED, True, &failure.reason, &failure.message);
                 if failure.reason == "DigestMismatch" {
-                    self.set(conditions::MODEL_VERIFIED, False, &failure.reason, &failure.message);
+                    self.set(
+                        conditions::MODEL_VERIFIED,
+                        False,
+                        &failure.reason,
+                        &failure.message,
+                    );
                 }
                 self.status.last_failure = Some(failure.clone());
             }
@@ -269,7 +375,11 @@ fn running_word(state: Option<State>) -> Option<(&'static str, &'static str)> {
 }
 
 fn without_generations(profiles: &[String]) -> String {
-    profiles.iter().map(|p| p.split('@').next().unwrap_or(p)).collect::<Vec<_>>().join(",")
+    profiles
+        .iter()
+        .map(|p| p.split('@').next().unwrap_or(p))
+        .collect::<Vec<_>>()
+        .join(",")
 }
 
 /// Whether the difference is worth a write at once. Everything else (numbers in messages, progress, places in the queue)
@@ -277,13 +387,25 @@ fn without_generations(profiles: &[String]) -> String {
 pub(crate) fn urgent(old: Option<&InferenceJobStatus>, new: &InferenceJobStatus) -> bool {
     let Some(old) = old else { return true };
     let words = |s: &InferenceJobStatus| {
-        let mut words: Vec<_> =
-            s.conditions.iter().map(|c| (c.type_.clone(), c.status == True, c.status == False, c.reason.clone(), c.observed_generation)).collect();
+        let mut words: Vec<_> = s
+            .conditions
+            .iter()
+            .map(|c| {
+                (
+                    c.type_.clone(),
+                    c.status == True,
+                    c.status == False,
+                    c.reason.clone(),
+                    c.observed_generation,
+                )
+            })
+            .collect();
         words.sort();
         words
     };
     words(old) != words(new)
-        || (old.epoch, old.attempts, old.suspended_seconds) != (new.epoch, new.attempts, new.suspended_seconds)
+        || (old.epoch, old.attempts, old.suspended_seconds)
+            != (new.epoch, new.attempts, new.suspended_seconds)
         || old.placement != new.placement
         || old.last_failure != new.last_failure
         || old.result != new.result

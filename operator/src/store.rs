@@ -10,7 +10,10 @@ use gogrid_api::assignment::{Kind, State};
 use gogrid_api::effective::NamedProfile;
 use gogrid_api::job::{Stage, conditions};
 use gogrid_api::node::Health;
-use gogrid_api::{Assignment, Bytes, ByteQuantity, ConditionStatus, GpuNode, InferenceJob, LeaseTiming, Millis, ResourceProfile, condition, names};
+use gogrid_api::{
+    Assignment, ByteQuantity, Bytes, ConditionStatus, GpuNode, InferenceJob, LeaseTiming, Millis,
+    ResourceProfile, condition, names,
+};
 use gogrid_planner::liveness::Liveness;
 use gogrid_planner::{Device, Heartbeat, Node, World, WorldError};
 use kube::{Resource, ResourceExt as _};
@@ -49,7 +52,12 @@ fn uid<K: Resource>(object: &K) -> String {
 
 /// Whether `new` is not older than `old`.
 fn not_older<K: Resource>(old: &K, new: &K) -> bool {
-    let version = |k: &K| k.meta().resource_version.as_ref().and_then(|v| v.parse::<u64>().ok());
+    let version = |k: &K| {
+        k.meta()
+            .resource_version
+            .as_ref()
+            .and_then(|v| v.parse::<u64>().ok())
+    };
     match (version(old), version(new)) {
         (Some(old_version), Some(new_version)) => new_version >= old_version || uid(old) != uid(new),
         _ => true,
@@ -84,12 +92,30 @@ impl Store {
             Observation::Job(change) => self.take_jobs(change),
             Observation::Assignment(change) => self.take_assignments(change),
             Observation::GpuNode(change) => {
-                take(&mut self.gpu_nodes, &mut self.listed, "GpuNode", change, kube::ResourceExt::name_any);
+                take(
+                    &mut self.gpu_nodes,
+                    &mut self.listed,
+                    "GpuNode",
+                    change,
+                    kube::ResourceExt::name_any,
+                );
             }
             Observation::Profile(change) => {
-                take(&mut self.profiles, &mut self.listed, "ResourceProfile", change, kube::ResourceExt::name_any);
+                take(
+                    &mut self.profiles,
+                    &mut self.listed,
+                    "ResourceProfile",
+                    change,
+                    kube::ResourceExt::name_any,
+                );
             }
-            Observation::Node(change) => take(&mut self.nodes, &mut self.listed, "Node", change, |n: &NodeInfo| n.name.clone()),
+            Observation::Node(change) => take(
+                &mut self.nodes,
+                &mut self.listed,
+                "Node",
+                change,
+                |n: &NodeInfo| n.name.clone(),
+            ),
             Observation::Priority(change) => {
                 let key = |p: &PriorityInfo| p.name.clone();
                 let mut map: BTreeMap<String, PriorityInfo> = std::mem::take(&mut self.priorities)
@@ -123,7 +149,13 @@ impl Store {
             Change::Gone(lease) => self.liveness.removed(&lease.name),
             Change::Blind => self.liveness.blind(now),
         }
-        take(&mut self.leases, &mut self.listed, "Lease", change, |l: &LeaseInfo| l.name.clone());
+        take(
+            &mut self.leases,
+            &mut self.listed,
+            "Lease",
+            change,
+            |l: &LeaseInfo| l.name.clone(),
+        );
     }
 
     fn take_jobs(&mut self, change: Change<InferenceJob>) {
@@ -138,7 +170,13 @@ impl Store {
         match change {
             Change::Changed(assignment) => self.put_assignment(*assignment),
             Change::Gone(assignment) => self.drop_assignment(&assignment.name_any(), &uid(&*assignment)),
-            other => take(&mut self.assignments, &mut self.listed, "Assignment", other, kube::ResourceExt::name_any),
+            other => take(
+                &mut self.assignments,
+                &mut self.listed,
+                "Assignment",
+                other,
+                kube::ResourceExt::name_any,
+            ),
         }
     }
 
@@ -155,7 +193,12 @@ impl Store {
     pub(crate) fn put_assignment(&mut self, mut assignment: Assignment) {
         assignment.metadata.managed_fields = None;
         let key = assignment.name_any();
-        if !self.gone.contains(&uid(&assignment)) && self.assignments.get(&key).is_none_or(|old| not_older(old, &assignment)) {
+        if !self.gone.contains(&uid(&assignment))
+            && self
+                .assignments
+                .get(&key)
+                .is_none_or(|old| not_older(old, &assignment))
+        {
             self.assignments.insert(key, assignment);
         }
     }
@@ -166,7 +209,11 @@ impl Store {
     }
 
     pub(crate) fn drop_assignment(&mut self, name: &str, assignment_uid: &str) {
-        if self.assignments.get(name).is_some_and(|a| uid(a) == assignment_uid) {
+        if self
+            .assignments
+            .get(name)
+            .is_some_and(|a| uid(a) == assignment_uid)
+        {
             self.assignments.remove(name);
         }
         self.remember_gone(assignment_uid);
@@ -187,7 +234,10 @@ impl Store {
     pub(crate) fn by_job(&self) -> BTreeMap<&str, Vec<&Assignment>> {
         let mut by_job: BTreeMap<&str, Vec<&Assignment>> = BTreeMap::new();
         for assignment in self.assignments.values() {
-            by_job.entry(&assignment.spec.job.uid).or_default().push(assignment);
+            by_job
+                .entry(&assignment.spec.job.uid)
+                .or_default()
+                .push(assignment);
         }
         by_job
     }
@@ -195,7 +245,11 @@ impl Store {
     /// What is known of a node's heartbeat, and the session that holds its Lease.
     pub(crate) fn heartbeat(&self, now: Millis, node: &str) -> (Heartbeat, Option<String>) {
         let lease = names::node_lease(node);
-        let session = self.leases.get(&lease).and_then(|l| l.holder.clone()).filter(|h| !h.is_empty());
+        let session = self
+            .leases
+            .get(&lease)
+            .and_then(|l| l.holder.clone())
+            .filter(|h| !h.is_empty());
         (self.liveness.judge(now, &lease), session)
     }
 
@@ -215,17 +269,34 @@ impl Store {
         let mut claims: BTreeMap<(String, i64), Claim> = BTreeMap::new();
         for (job_uid, job) in &self.jobs {
             let Some(status) = &job.status else { continue };
-            let held = condition::is_true(&status.conditions, conditions::PLACED) && !condition::is_true(&status.conditions, conditions::FINISHED);
+            let held = condition::is_true(&status.conditions, conditions::PLACED)
+                && !condition::is_true(&status.conditions, conditions::FINISHED);
             if let Some(p) = status.placement.as_ref().filter(|_| held) {
-                claims.insert((job_uid.clone(), status.epoch), Claim { node: p.node_name.clone(), stages: p.stages.clone() });
+                claims.insert(
+                    (job_uid.clone(), status.epoch),
+                    Claim {
+                        node: p.node_name.clone(),
+                        stages: p.stages.clone(),
+                    },
+                );
             }
         }
         for a in self.assignments.values().filter(|a| a.spec.kind == Kind::Run) {
             let key = (a.spec.job.uid.clone(), a.spec.epoch);
-            if a.status.as_ref().and_then(|s| s.state).is_some_and(State::is_over) {
+            if a.status
+                .as_ref()
+                .and_then(|s| s.state)
+                .is_some_and(State::is_over)
+            {
                 claims.remove(&key);
             } else {
-                claims.insert(key, Claim { node: a.spec.node_name.clone(), stages: a.spec.stages.clone() });
+                claims.insert(
+                    key,
+                    Claim {
+                        node: a.spec.node_name.clone(),
+                        stages: a.spec.stages.clone(),
+                    },
+                );
             }
         }
         for (job_uid, claim) in pending {
@@ -251,7 +322,8 @@ impl Store {
         let (heartbeat, session) = self.heartbeat(now, &name);
         let session = session.unwrap_or_default();
         let status = gpu_node.status.clone().unwrap_or_default();
-        let unready = condition::find(&status.conditions, "Ready").is_some_and(|c| c.status != ConditionStatus::True);
+        let unready =
+            condition::find(&status.conditions, "Ready").is_some_and(|c| c.status != ConditionStatus::True);
         let kube_node = self.nodes.get(&name);
         let device = |d: &gogrid_api::node::Device| Device {
             uuid: d.uuid.clone(),
@@ -283,7 +355,13 @@ pub(crate) fn bytes(quantity: &ByteQuantity) -> Bytes {
     quantity.bytes().unwrap_or(Bytes(u64::MAX))
 }
 
-fn take<T>(map: &mut BTreeMap<String, T>, listed: &mut BTreeSet<&'static str>, kind: &'static str, change: Change<T>, key: fn(&T) -> String) {
+fn take<T>(
+    map: &mut BTreeMap<String, T>,
+    listed: &mut BTreeSet<&'static str>,
+    kind: &'static str,
+    change: Change<T>,
+    key: fn(&T) -> String,
+) {
     match change {
         Change::Listed(all) => {
             *map = all.into_iter().map(|o| (key(&o), o)).collect();

@@ -8,8 +8,13 @@ use gogrid_api::job::{Mode, Task};
 use gogrid_planner::lifecycle::Refusal;
 
 fn unsupported(field: &str, value: &str) -> Refusal {
-    let message = format!("{field} = {value} is not supported by this version of GoGrid: it must be left out or changed");
-    Refusal { word: "Unsupported", message }
+    let message = format!(
+        "{field} = {value} is not supported by this version of GoGrid: it must be left out or changed"
+    );
+    Refusal {
+        word: "Unsupported",
+        message,
+    }
 }
 
 /// Why the spec is refused, if it is.
@@ -56,7 +61,10 @@ pub(crate) fn refusal(spec: &InferenceJobSpec, model_roots: &[String]) -> Option
         return Some(unsupported("spec.managedBy", manager));
     }
     if let Some(Err(error)) = memory.as_ref().map(|m| m.vram.bytes()) {
-        return Some(Refusal { word: "InvalidMemory", message: format!("spec.memory.vram: {error}") });
+        return Some(Refusal {
+            word: "InvalidMemory",
+            message: format!("spec.memory.vram: {error}"),
+        });
     }
     let (scheme, _) = model.uri.split_once(':').unwrap_or(("", ""));
     match scheme {
@@ -79,18 +87,29 @@ pub(crate) fn canonical(uri: &str) -> String {
 }
 
 fn outside(uri: &str, roots: &[String]) -> Option<Refusal> {
-    let refuse = |why: String| Some(Refusal { word: "OutsideModelRoots", message: format!("spec.model.uri = {uri} {why}") });
+    let refuse = |why: String| {
+        Some(Refusal {
+            word: "OutsideModelRoots",
+            message: format!("spec.model.uri = {uri} {why}"),
+        })
+    };
     let Some(path) = file_path(uri) else {
         return refuse("must be file: and an absolute path".into());
     };
     if path.split('/').any(|part| part == ".." || part == ".") {
         return refuse("must not contain '.' or '..'".into());
     }
-    let beneath = |root: &String| path.strip_prefix(root.as_str()).is_some_and(|rest| rest.len() > 1 && rest.starts_with('/'));
+    let beneath = |root: &String| {
+        path.strip_prefix(root.as_str())
+            .is_some_and(|rest| rest.len() > 1 && rest.starts_with('/'))
+    };
     if roots.is_empty() || roots.iter().any(beneath) {
         return None;
     }
-    refuse(format!("must lie beneath one of the model roots {}", roots.join(", ")))
+    refuse(format!(
+        "must lie beneath one of the model roots {}",
+        roots.join(", ")
+    ))
 }
 
 #[cfg(test)]
@@ -117,12 +136,24 @@ mod tests {
         for (patch, field) in [
             (json!({"task": "Embedding"}), "spec.task = Embedding"),
             (json!({"mode": "Service"}), "spec.mode = Service"),
-            (json!({"model": {"uri": "https://h/a", "trust": {"repository": "r", "target": "t"}}}), "spec.model.trust = r"),
+            (
+                json!({"model": {"uri": "https://h/a", "trust": {"repository": "r", "target": "t"}}}),
+                "spec.model.trust = r",
+            ),
             (json!({"input": {"uri": "s3://b/k"}}), "spec.input.uri = s3://b/k"),
-            (json!({"output": {"uri": "s3://b/k"}}), "spec.output.uri = s3://b/k"),
-            (json!({"failurePolicy": {"rules": [{"onReason": "OutOfMemory", "action": "Fail"}]}}), "spec.failurePolicy.rules = OutOfMemory"),
+            (
+                json!({"output": {"uri": "s3://b/k"}}),
+                "spec.output.uri = s3://b/k",
+            ),
+            (
+                json!({"failurePolicy": {"rules": [{"onReason": "OutOfMemory", "action": "Fail"}]}}),
+                "spec.failurePolicy.rules = OutOfMemory",
+            ),
             (json!({"managedBy": "kueue"}), "spec.managedBy = kueue"),
-            (json!({"model": {"uri": "hf:a/b", "sha256": "0".repeat(64)}}), "spec.model.uri = hf:a/b"),
+            (
+                json!({"model": {"uri": "hf:a/b", "sha256": "0".repeat(64)}}),
+                "spec.model.uri = hf:a/b",
+            ),
         ] {
             let refusal = refusal(&spec(&patch), &roots).unwrap();
             assert_eq!(refusal.word, "Unsupported");
@@ -133,7 +164,15 @@ mod tests {
     #[test]
     fn a_file_outside_the_roots_is_refused_however_it_is_spelt() {
         let roots = ["/models".to_owned()];
-        for uri in ["file:/etc/passwd", "file:///etc/passwd", "file:/models", "file:/modelsx/a", "file:/models/../etc/a", "file:models/a", "file://host/models/a"] {
+        for uri in [
+            "file:/etc/passwd",
+            "file:///etc/passwd",
+            "file:/models",
+            "file:/modelsx/a",
+            "file:/models/../etc/a",
+            "file:models/a",
+            "file://host/models/a",
+        ] {
             assert!(outside(uri, &roots).is_some(), "{uri}");
         }
         for uri in ["file:/models/a.gguf", "file:///models/b/c.gguf"] {

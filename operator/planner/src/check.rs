@@ -21,7 +21,10 @@ pub fn check(world: &World, request: &JobRequest, decision: &Decision) -> Vec<Br
         Decision::Unplaced(unplaced) => {
             let mut breaches = vec![];
             if unplaced.candidates.len() > 8 {
-                breaches.push(Breach(format!("{} candidates, at most 8", unplaced.candidates.len())));
+                breaches.push(Breach(format!(
+                    "{} candidates, at most 8",
+                    unplaced.candidates.len()
+                )));
             }
             if unplaced.reason.message().is_empty() || unplaced.reason.word().is_empty() {
                 breaches.push(Breach("an unplaced job has no reason".into()));
@@ -41,14 +44,27 @@ fn check_place(world: &World, request: &JobRequest, planned: &Planned) -> Vec<Br
     let Some(node) = world.nodes().iter().find(|n| n.name == planned.node) else {
         return vec![Breach(format!("node {:?} does not exist", planned.node))];
     };
-    must(node.heartbeat == Heartbeat::Fresh, "the node's heartbeat is not fresh".into());
+    must(
+        node.heartbeat == Heartbeat::Fresh,
+        "the node's heartbeat is not fresh".into(),
+    );
     must(node.ready, "the node is not ready".into());
     must(!node.unschedulable, "the node is cordoned".into());
-    must(planned.session == node.session && !node.session.is_empty(), "the session is not the node's".into());
+    must(
+        planned.session == node.session && !node.session.is_empty(),
+        "the session is not the node's".into(),
+    );
     for (key, value) in &request.node_selector {
-        must(node.labels.get(key) == Some(value), format!("label {key}={value} is missing"));
+        must(
+            node.labels.get(key) == Some(value),
+            format!("label {key}={value} is missing"),
+        );
     }
-    for taint in node.taints.iter().filter(|t| t.effect != TaintEffect::PreferNoSchedule) {
+    for taint in node
+        .taints
+        .iter()
+        .filter(|t| t.effect != TaintEffect::PreferNoSchedule)
+    {
         let mut borne = false;
         for t in &request.tolerations {
             let same_effect = t.effect.is_none() || t.effect == Some(taint.effect);
@@ -56,17 +72,26 @@ fn check_place(world: &World, request: &JobRequest, planned: &Planned) -> Vec<Br
                 (None, TolerationOperator::Exists) => true,
                 (None, TolerationOperator::Equal) => false,
                 (Some(key), TolerationOperator::Exists) => *key == taint.key,
-                (Some(key), TolerationOperator::Equal) => *key == taint.key && t.value.clone().unwrap_or_default() == taint.value,
+                (Some(key), TolerationOperator::Equal) => {
+                    *key == taint.key && t.value.clone().unwrap_or_default() == taint.value
+                }
             };
             borne |= same_effect && same_key;
         }
         must(borne, format!("taint {} is not tolerated", taint.key));
     }
     if request.model_uri.starts_with("file:") && !node.models_cut {
-        must(node.models.contains(&request.model_uri), "the file is not on the node".into());
+        must(
+            node.models.contains(&request.model_uri),
+            "the file is not on the node".into(),
+        );
     }
-    must(planned.stages.len() == 1, "this version places on one device".into());
-    let Ok(profile) = effective_profile(world.profiles(), &node.labels, request.profile_name.as_deref()) else {
+    must(
+        planned.stages.len() == 1,
+        "this version places on one device".into(),
+    );
+    let Ok(profile) = effective_profile(world.profiles(), &node.labels, request.profile_name.as_deref())
+    else {
         return vec![Breach("the node has no effective profile".into())];
     };
     for stage in &planned.stages {
@@ -76,18 +101,30 @@ fn check_place(world: &World, request: &JobRequest, planned: &Planned) -> Vec<Br
         };
         must(device.healthy, "the device is unhealthy".into());
         let cpu = device.backend == Backend::Cpu;
-        must(!(cpu && request.cpu_fallback == CpuFallback::Never), "the job refuses the CPU".into());
-        must(planned.on_cpu == cpu, "the plan misstates whether the CPU serves".into());
+        must(
+            !(cpu && request.cpu_fallback == CpuFallback::Never),
+            "the job refuses the CPU".into(),
+        );
+        must(
+            planned.on_cpu == cpu,
+            "the plan misstates whether the CPU serves".into(),
+        );
         // An inspection takes nothing, so it exceeds nothing, however full the device is.
         if stage.bytes.0 == 0 {
             continue;
         }
-        must(stage.bytes <= profile.limits.vram_cap(device.total, device.reserved), "the job's own cap is exceeded".into());
+        must(
+            stage.bytes <= profile.limits.vram_cap(device.total, device.reserved),
+            "the job's own cap is exceeded".into(),
+        );
         let after = u128::from(device.used.0) + u128::from(stage.bytes.0);
         let cap = profile.ceiling.vram_cap(device.total, device.reserved);
         must(after <= u128::from(cap.0), "the node's cap is exceeded".into());
         let others = u128::from(device.foreign.0) + u128::from(device.reserved.0);
-        must(after + others <= u128::from(device.total.0), "more than the device has is promised".into());
+        must(
+            after + others <= u128::from(device.total.0),
+            "more than the device has is promised".into(),
+        );
     }
     breaches
 }

@@ -3,9 +3,9 @@
 //! Owns: the arithmetic over `ModelFacts`, an upper bound of `gogrid_gguf::Estimate` (which sees the whole header),
 //! and whether this version's engine knows the model. Must not: know of budgets.
 
+use gogrid_api::Bytes;
 use gogrid_api::assignment::ModelFacts;
 use gogrid_api::node::Backend;
-use gogrid_api::Bytes;
 
 /// Bytes by cause.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -26,7 +26,9 @@ pub struct Estimated {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum EstimateError {
     /// More context than the model was made for.
-    #[error("{context_tokens} tokens of context exceed the model's {limit}: spec.contextTokens must be at most that")]
+    #[error(
+        "{context_tokens} tokens of context exceed the model's {limit}: spec.contextTokens must be at most that"
+    )]
     ContextTooLong {
         /// Asked for.
         context_tokens: i32,
@@ -64,14 +66,30 @@ pub enum EstimateError {
 pub fn supported(facts: &ModelFacts, context_tokens: i32) -> Result<(), EstimateError> {
     if !gogrid_gguf::ENGINE_ARCHITECTURES.contains(&facts.architecture.as_str()) {
         let supported = gogrid_gguf::ENGINE_ARCHITECTURES.join(", ");
-        return Err(EstimateError::Architecture { architecture: facts.architecture.clone(), supported });
+        return Err(EstimateError::Architecture {
+            architecture: facts.architecture.clone(),
+            supported,
+        });
     }
-    if !gogrid_gguf::ENGINE_TENSOR_TYPES.iter().any(|t| t.name() == facts.quantization) {
-        let supported = gogrid_gguf::ENGINE_TENSOR_TYPES.iter().map(|t| t.name()).collect::<Vec<_>>().join(", ");
-        return Err(EstimateError::TensorType { quantization: facts.quantization.clone(), supported });
+    if !gogrid_gguf::ENGINE_TENSOR_TYPES
+        .iter()
+        .any(|t| t.name() == facts.quantization)
+    {
+        let supported = gogrid_gguf::ENGINE_TENSOR_TYPES
+            .iter()
+            .map(|t| t.name())
+            .collect::<Vec<_>>()
+            .join(", ");
+        return Err(EstimateError::TensorType {
+            quantization: facts.quantization.clone(),
+            supported,
+        });
     }
     if i64::from(context_tokens) > facts.context_length {
-        return Err(EstimateError::ContextTooLong { context_tokens, limit: facts.context_length });
+        return Err(EstimateError::ContextTooLong {
+            context_tokens,
+            limit: facts.context_length,
+        });
     }
     Ok(())
 }
@@ -86,7 +104,12 @@ const F32_BYTES: u64 = 4;
 ///
 /// # Errors
 /// The numbers are out of range.
-pub fn estimate(facts: &ModelFacts, context_tokens: i32, parallel: i32, backend: Backend) -> Result<Estimated, EstimateError> {
+pub fn estimate(
+    facts: &ModelFacts,
+    context_tokens: i32,
+    parallel: i32,
+    backend: Backend,
+) -> Result<Estimated, EstimateError> {
     let number = |what, value: i64| u64::try_from(value).map_err(|_| EstimateError::OutOfRange { what });
     let overflow = |what| EstimateError::OutOfRange { what };
     let file = number("fileBytes", facts.file_bytes)?;
@@ -99,12 +122,18 @@ pub fn estimate(facts: &ModelFacts, context_tokens: i32, parallel: i32, backend:
         Backend::Cuda | Backend::Metal => (GPU_OVERHEAD, false),
     };
     let half = matches!(facts.quantization.as_str(), "F16" | "BF16");
-    let weights = if widens && half { stored.checked_mul(2) } else { Some(stored) }.ok_or(overflow("weightBytes"))?;
+    let weights = if widens && half {
+        stored.checked_mul(2)
+    } else {
+        Some(stored)
+    }
+    .ok_or(overflow("weightBytes"))?;
     let kv_cache = number("kvBytesPerToken", facts.kv_bytes_per_token)?
         .checked_mul(context)
         .and_then(|b| b.checked_mul(parallel))
         .ok_or(overflow("kvBytesPerToken"))?;
-    let compute = activations(facts, context, parallel, engine.batch_tokens.into()).ok_or(overflow("embedding"))?;
+    let compute =
+        activations(facts, context, parallel, engine.batch_tokens.into()).ok_or(overflow("embedding"))?;
     let overhead = file
         .saturating_sub(stored)
         .checked_mul(TOKENIZER_FACTOR)
@@ -112,15 +141,25 @@ pub fn estimate(facts: &ModelFacts, context_tokens: i32, parallel: i32, backend:
         .ok_or(overflow("fileBytes"))?;
     // Whole mebibytes read well, and rounding up is on the safe side.
     let whole = |bytes: u64, what| bytes.checked_next_multiple_of(Bytes::MIB.0).ok_or(overflow(what));
-    let (weights, kv_cache) = (whole(weights, "weightBytes")?, whole(kv_cache, "kvBytesPerToken")?);
+    let (weights, kv_cache) = (
+        whole(weights, "weightBytes")?,
+        whole(kv_cache, "kvBytesPerToken")?,
+    );
     let (compute, overhead) = (whole(compute, "embedding")?, whole(overhead, "fileBytes")?);
     let total = [kv_cache, compute, overhead]
         .into_iter()
         .try_fold(weights, u64::checked_add)
         .filter(|t| i64::try_from(*t).is_ok())
         .ok_or(overflow("the sum"))?;
-    let [weights, kv_cache, compute, overhead, total] = [weights, kv_cache, compute, overhead, total].map(Bytes);
-    Ok(Estimated { weights, kv_cache, compute, overhead, total })
+    let [weights, kv_cache, compute, overhead, total] =
+        [weights, kv_cache, compute, overhead, total].map(Bytes);
+    Ok(Estimated {
+        weights,
+        kv_cache,
+        compute,
+        overhead,
+        total,
+    })
 }
 
 /// One step through one layer in F32 and a row of logits per sequence. The number of heads is not among the facts:
@@ -130,10 +169,17 @@ fn activations(facts: &ModelFacts, context: u64, parallel: u64, batch_tokens: u6
         [facts.embedding, facts.feed_forward, facts.vocabulary].map(|n| u64::try_from(n).unwrap_or(0));
     let heads = (embedding / 32).max(1);
     let batch = batch_tokens.min(context).max(parallel);
-    let per_token = [embedding.checked_mul(8)?, feed_forward.checked_mul(3)?, heads.checked_mul(context)?.checked_mul(2)?]
-        .into_iter()
-        .try_fold(0_u64, u64::checked_add)?;
-    batch.checked_mul(per_token)?.checked_add(vocabulary.checked_mul(parallel)?)?.checked_mul(F32_BYTES)
+    let per_token = [
+        embedding.checked_mul(8)?,
+        feed_forward.checked_mul(3)?,
+        heads.checked_mul(context)?.checked_mul(2)?,
+    ]
+    .into_iter()
+    .try_fold(0_u64, u64::checked_add)?;
+    batch
+        .checked_mul(per_token)?
+        .checked_add(vocabulary.checked_mul(parallel)?)?
+        .checked_mul(F32_BYTES)
 }
 
 #[cfg(test)]
@@ -173,7 +219,13 @@ mod tests {
         other = facts();
         other.quantization = "IQ2_XS".into();
         assert!(supported(&other, 16).unwrap_err().to_string().contains("IQ2_XS"));
-        assert_eq!(supported(&facts(), 513), Err(EstimateError::ContextTooLong { context_tokens: 513, limit: 512 }));
+        assert_eq!(
+            supported(&facts(), 513),
+            Err(EstimateError::ContextTooLong {
+                context_tokens: 513,
+                limit: 512
+            })
+        );
         assert_eq!(supported(&facts(), 512), Ok(()));
     }
 

@@ -14,7 +14,7 @@ mod reason;
 mod request;
 mod world;
 
-pub use plan::{Decision, PlannedStage, Planned, Unplaced, plan};
+pub use plan::{Decision, Planned, PlannedStage, Unplaced, plan};
 pub use reason::{NodeReason, Reason, Rejection};
 pub use request::{Demand, JobRequest, tolerates};
 pub use world::{Device, Heartbeat, Node, Taint, World, WorldError};

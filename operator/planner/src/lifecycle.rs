@@ -175,16 +175,27 @@ fn name(run: &Assignment) -> String {
 }
 
 fn failure(reason: &str, message: String, retryable: bool) -> Failure {
-    Failure { reason: reason.into(), message, retryable }
+    Failure {
+        reason: reason.into(),
+        message,
+        retryable,
+    }
 }
 
 fn stop(run: &Assignment, reason: StopReason) -> Step {
-    Step::Stop { assignment: name(run), reason }
+    Step::Stop {
+        assignment: name(run),
+        reason,
+    }
 }
 
 /// Seconds to wait before attempt `attempts + 1`: 1, 2, 4 … 256.
 pub fn backoff_seconds(attempts: i32) -> i64 {
-    if attempts <= 0 { 0 } else { 1 << (attempts - 1).min(8) }
+    if attempts <= 0 {
+        0
+    } else {
+        1 << (attempts - 1).min(8)
+    }
 }
 
 /// The run that the status speaks of, if it is placed.
@@ -202,14 +213,23 @@ pub fn next(view: &View<'_>) -> Next {
     let default = gogrid_api::InferenceJobStatus::default();
     let status = job.status.as_ref().unwrap_or(&default);
     let is = |type_| condition::is_true(&status.conditions, type_);
-    let since = |type_| condition::find(&status.conditions, type_).map(|c| c.last_transition_time.0.as_second());
+    let since =
+        |type_| condition::find(&status.conditions, type_).map(|c| c.last_transition_time.0.as_second());
     if is(conditions::FINISHED) {
-        return finished(view, status.completion_time.as_ref().map_or(view.now, |t| t.0.as_second()));
+        return finished(
+            view,
+            status
+                .completion_time
+                .as_ref()
+                .map_or(view.now, |t| t.0.as_second()),
+        );
     }
     let unstopped = |r: &&&Assignment| !over(r) && r.spec.stop.is_none();
     if job.metadata.deletion_timestamp.is_some() {
         let live = view.runs.iter().find(unstopped);
-        return live.map_or(Step::Rest, |r| stop(r, StopReason::JobDeleted)).into();
+        return live
+            .map_or(Step::Rest, |r| stop(r, StopReason::JobDeleted))
+            .into();
     }
     let placed = is(conditions::PLACED);
     let stale = |r: &&&Assignment| r.spec.epoch < status.epoch || (r.spec.epoch == status.epoch && !placed);
@@ -246,7 +266,10 @@ pub fn next(view: &View<'_>) -> Next {
         return match live {
             Some(run) if run.spec.stop.is_none() => stop(run, StopReason::DeadlineExceeded).into(),
             // An agent that never answers must not keep the job from ending.
-            Some(_) if view.now < at + 120 => Next { step: Step::Mirror, wake_at: Some(at + 120) },
+            Some(_) if view.now < at + 120 => Next {
+                step: Step::Mirror,
+                wake_at: Some(at + 120),
+            },
             _ => {
                 let message = format!("the job did not end within spec.activeDeadlineSeconds = {limit}");
                 Step::Finish(Outcome::Failed(failure("DeadlineExceeded", message, false))).into()
@@ -258,7 +281,11 @@ pub fn next(view: &View<'_>) -> Next {
             Some(run) => placed_step(job, status.attempts, run, lost),
             // Once claimed, an assignment that is gone was deleted by someone, and its chunks with it.
             None if status.lease.is_some() => Step::Requeue {
-                failure: failure("AssignmentLost", format!("the assignment of epoch {} is gone", status.epoch), true),
+                failure: failure(
+                    "AssignmentLost",
+                    format!("the assignment of epoch {} is gone", status.epoch),
+                    true,
+                ),
                 counted: false,
             },
             None => Step::CreateAssignment,
@@ -268,21 +295,40 @@ pub fn next(view: &View<'_>) -> Next {
         if status.attempts > 0
             && let Some(at) = retry_at.filter(|at| *at > view.now)
         {
-            let reason = Reason::BackingOff { attempts: status.attempts, seconds: backoff_seconds(status.attempts) };
-            return Next { step: Step::Wait(reason), wake_at: Some(at) };
+            let reason = Reason::BackingOff {
+                attempts: status.attempts,
+                seconds: backoff_seconds(status.attempts),
+            };
+            return Next {
+                step: Step::Wait(reason),
+                wake_at: Some(at),
+            };
         }
         waiting_step(view)
     };
-    Next { step, wake_at: deadline }
+    Next {
+        step,
+        wake_at: deadline,
+    }
 }
 
 fn finished(view: &View<'_>, completed: i64) -> Next {
     if view.leftovers {
         return Step::CleanUp.into();
     }
-    match view.job.spec.ttl_seconds_after_finished.map(|ttl| completed + ttl) {
-        Some(at) if at <= view.now && view.job.metadata.deletion_timestamp.is_none() => Step::DeleteJob.into(),
-        at => Next { step: Step::Rest, wake_at: at },
+    match view
+        .job
+        .spec
+        .ttl_seconds_after_finished
+        .map(|ttl| completed + ttl)
+    {
+        Some(at) if at <= view.now && view.job.metadata.deletion_timestamp.is_none() => {
+            Step::DeleteJob.into()
+        }
+        at => Next {
+            step: Step::Rest,
+            wake_at: at,
+        },
     }
 }
 
@@ -293,7 +339,10 @@ fn publish(view: &View<'_>, run: &Assignment) -> Next {
             let failed = result.failed_records;
             match view.job.spec.failure_policy.max_failed_records.map(i64::from) {
                 Some(most) if failed > most => {
-                    let message = format!("{failed} records failed, spec.failurePolicy.maxFailedRecords is {most} ({})", name(run));
+                    let message = format!(
+                        "{failed} records failed, spec.failurePolicy.maxFailedRecords is {most} ({})",
+                        name(run)
+                    );
                     Step::Finish(Outcome::Failed(failure("TooManyFailedRecords", message, false)))
                 }
                 _ => Step::Finish(Outcome::Succeeded(result.clone())),
@@ -311,20 +360,35 @@ fn lost(view: &View<'_>, run: &Assignment) -> Option<Failure> {
     }
     let on = view.runs_on.as_ref()?;
     if on.heartbeat == Heartbeat::Lost {
-        return Some(failure(NODE_LOST, format!("node {} stopped renewing its lease", on.node), true));
+        return Some(failure(
+            NODE_LOST,
+            format!("node {} stopped renewing its lease", on.node),
+            true,
+        ));
     }
     let other = on.session.as_ref().is_some_and(|s| *s != run.spec.session);
-    other.then(|| failure(AGENT_RESTARTED, format!("the agent of node {} started a new session", on.node), true))
+    other.then(|| {
+        failure(
+            AGENT_RESTARTED,
+            format!("the agent of node {} started a new session", on.node),
+            true,
+        )
+    })
 }
 
 fn placed_step(job: &InferenceJob, attempts: i32, run: &Assignment, lost: Option<Failure>) -> Step {
     if let Some(failure) = lost {
-        return Step::Requeue { failure, counted: false };
+        return Step::Requeue {
+            failure,
+            counted: false,
+        };
     }
     let status = run.status.clone().unwrap_or_default();
     match state(run) {
         Some(State::Failed) => {
-            let cause = status.failure.unwrap_or_else(|| failure("Unknown", "the agent gave no reason".into(), true));
+            let cause = status
+                .failure
+                .unwrap_or_else(|| failure("Unknown", "the agent gave no reason".into(), true));
             if !cause.retryable {
                 Step::Finish(Outcome::Failed(cause))
             } else if attempts >= job.spec.backoff_limit {
@@ -337,12 +401,20 @@ fn placed_step(job: &InferenceJob, attempts: i32, run: &Assignment, lost: Option
                 );
                 Step::Finish(Outcome::Failed(failure("BackoffLimitExceeded", message, false)))
             } else {
-                Step::Requeue { failure: cause, counted: true }
+                Step::Requeue {
+                    failure: cause,
+                    counted: true,
+                }
             }
         }
         Some(State::Stopped) => {
             let message = format!("node {} handed the job back", run.spec.node_name);
-            Step::Requeue { failure: status.failure.unwrap_or_else(|| failure("Stopped", message, true)), counted: false }
+            Step::Requeue {
+                failure: status
+                    .failure
+                    .unwrap_or_else(|| failure("Stopped", message, true)),
+                counted: false,
+            }
         }
         _ => Step::Mirror,
     }

@@ -30,16 +30,34 @@ pub struct Liveness {
 impl Liveness {
     /// Nothing seen yet.
     pub fn new(timing: LeaseTiming, now: Millis) -> Self {
-        Self { timing, leases: BTreeMap::new(), sighted: now, ticked: now }
+        Self {
+            timing,
+            leases: BTreeMap::new(),
+            sighted: now,
+            ticked: now,
+        }
     }
 
     /// A Lease as a watch event brought it: one seen first this way is alive, for it was just written.
     pub fn changed(&mut self, now: Millis, name: &str, mark: &str) {
         match self.leases.get_mut(name) {
             Some(seen) if seen.mark == mark => {}
-            Some(seen) => *seen = Seen { mark: mark.into(), changed: Some(now), first: seen.first },
+            Some(seen) => {
+                *seen = Seen {
+                    mark: mark.into(),
+                    changed: Some(now),
+                    first: seen.first,
+                }
+            }
             None => {
-                self.leases.insert(name.into(), Seen { mark: mark.into(), changed: Some(now), first: now });
+                self.leases.insert(
+                    name.into(),
+                    Seen {
+                        mark: mark.into(),
+                        changed: Some(now),
+                        first: now,
+                    },
+                );
             }
         }
     }
@@ -49,7 +67,14 @@ impl Liveness {
         if self.leases.contains_key(name) {
             self.changed(now, name, mark);
         } else {
-            self.leases.insert(name.into(), Seen { mark: mark.into(), changed: None, first: now });
+            self.leases.insert(
+                name.into(),
+                Seen {
+                    mark: mark.into(),
+                    changed: None,
+                    first: now,
+                },
+            );
         }
     }
 
@@ -81,19 +106,29 @@ impl Liveness {
         if present && last.is_some_and(|at| now.0.saturating_sub(at.0) <= self.timing.lease().0) {
             return Heartbeat::Fresh;
         }
-        let since = last.or(seen.map(|s| s.first)).unwrap_or_default().max(self.sighted);
-        if now.0.saturating_sub(since.0) > self.timing.replace_after().0 { Heartbeat::Lost } else { Heartbeat::Waiting }
+        let since = last
+            .or(seen.map(|s| s.first))
+            .unwrap_or_default()
+            .max(self.sighted);
+        if now.0.saturating_sub(since.0) > self.timing.replace_after().0 {
+            Heartbeat::Lost
+        } else {
+            Heartbeat::Waiting
+        }
     }
 
     /// When the judgement of a node may next change by itself.
     pub fn next_change(&self, now: Millis, name: &str) -> Option<Millis> {
         let seen = self.leases.get(name)?;
         let since = seen.changed.unwrap_or(seen.first);
-        [since.0 + self.timing.lease().0 + 1, since.max(self.sighted).0 + self.timing.replace_after().0 + 1]
-            .into_iter()
-            .filter(|at| *at > now.0)
-            .min()
-            .map(Millis)
+        [
+            since.0 + self.timing.lease().0 + 1,
+            since.max(self.sighted).0 + self.timing.replace_after().0 + 1,
+        ]
+        .into_iter()
+        .filter(|at| *at > now.0)
+        .min()
+        .map(Millis)
     }
 }
 

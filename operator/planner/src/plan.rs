@@ -6,10 +6,10 @@ use crate::estimate::Estimated;
 use crate::reason::{NodeReason, Reason, Rejection};
 use crate::request::{JobRequest, tolerates};
 use crate::world::{Device, Heartbeat, Node, World};
+use gogrid_api::Bytes;
 use gogrid_api::effective::{EffectiveProfileError, Limits, effective_profile};
 use gogrid_api::job::{CpuFallback, TaintEffect};
 use gogrid_api::node::Backend;
-use gogrid_api::Bytes;
 
 /// Most rejected nodes that are named.
 const CANDIDATES: usize = 8;
@@ -67,6 +67,10 @@ pub enum Decision {
 }
 
 /// Lower is better, compared from first to last.
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is one place of an ordered score"
+)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Score {
     cpu: bool,
@@ -118,13 +122,31 @@ pub fn plan(world: &World, request: &JobRequest) -> Decision {
                 trouble.get_or_insert(reason);
                 rejected.push((node_reason, Bytes(0), Bytes(0), index));
             }
-            NodeOutcome::TooSmall { most_free, largest_cap } => {
-                let reason = if most_free.needed > largest_cap.cap { NodeReason::ExceedsCap } else { NodeReason::InsufficientVram };
-                rejected.push((reason, most_free.free, most_free.needed.saturating_sub(most_free.free), index));
-                if closest.as_ref().is_none_or(|(c, _)| most_free.missing() < c.missing()) {
+            NodeOutcome::TooSmall {
+                most_free,
+                largest_cap,
+            } => {
+                let reason = if most_free.needed > largest_cap.cap {
+                    NodeReason::ExceedsCap
+                } else {
+                    NodeReason::InsufficientVram
+                };
+                rejected.push((
+                    reason,
+                    most_free.free,
+                    most_free.needed.saturating_sub(most_free.free),
+                    index,
+                ));
+                if closest
+                    .as_ref()
+                    .is_none_or(|(c, _)| most_free.missing() < c.missing())
+                {
                     closest = Some((most_free, index));
                 }
-                if largest.as_ref().is_none_or(|(l, _)| largest_cap.over_cap() < l.over_cap()) {
+                if largest
+                    .as_ref()
+                    .is_none_or(|(l, _)| largest_cap.over_cap() < l.over_cap())
+                {
                     largest = Some((largest_cap, index));
                 }
             }
@@ -133,19 +155,36 @@ pub fn plan(world: &World, request: &JobRequest) -> Decision {
     if let Some(fit) = best {
         return place(world, request, &fit);
     }
-    let name = |index: usize| world.nodes().get(index).map(|n| n.name.clone()).unwrap_or_default();
+    let name = |index: usize| {
+        world
+            .nodes()
+            .get(index)
+            .map(|n| n.name.clone())
+            .unwrap_or_default()
+    };
     let reason = match (closest, largest) {
-        (Some((free, at)), Some((cap, _))) if cap.needed <= cap.cap => {
-            Reason::InsufficientVram { needed: free.needed, best_free: free.free, node: name(at) }
-        }
-        (_, Some((cap, at))) => Reason::ExceedsClusterVram { needed: cap.needed, largest_cap: cap.cap, node: name(at) },
+        (Some((free, at)), Some((cap, _))) if cap.needed <= cap.cap => Reason::InsufficientVram {
+            needed: free.needed,
+            best_free: free.free,
+            node: name(at),
+        },
+        (_, Some((cap, at))) => Reason::ExceedsClusterVram {
+            needed: cap.needed,
+            largest_cap: cap.cap,
+            node: name(at),
+        },
         _ => trouble.unwrap_or_else(|| without_memory(request, &rejected)),
     };
-    rejected.sort_by(|a, b| (a.0, a.2, a.3).cmp(&(b.0, b.2, b.3)));
+    rejected.sort_by_key(|(reason, _, missing, index)| (*reason, *missing, *index));
     let candidates = rejected
         .into_iter()
         .take(CANDIDATES)
-        .map(|(reason, free, missing, index)| Rejection { node: name(index), free, missing, reason })
+        .map(|(reason, free, missing, index)| Rejection {
+            node: name(index),
+            free,
+            missing,
+            reason,
+        })
         .collect();
     unplaced(reason, candidates)
 }
@@ -155,7 +194,11 @@ fn unplaced(reason: Reason, candidates: Vec<Rejection>) -> Decision {
 }
 
 fn place(world: &World, request: &JobRequest, fit: &Fit) -> Decision {
-    let Some((node, device)) = world.nodes().get(fit.score.node).and_then(|n| Some((n, n.devices.get(fit.score.device)?))) else {
+    let Some((node, device)) = world
+        .nodes()
+        .get(fit.score.node)
+        .and_then(|n| Some((n, n.devices.get(fit.score.device)?)))
+    else {
         return unplaced(Reason::NoNodes, vec![]);
     };
     Decision::Place(Planned {
@@ -199,20 +242,38 @@ fn try_node(world: &World, index: usize, node: &Node, request: &JobRequest) -> N
     let effective = match effective_profile(world.profiles(), &node.labels, request.profile_name.as_deref()) {
         Ok(effective) => effective,
         Err(error @ (EffectiveProfileError::NotFound(_) | EffectiveProfileError::Invalid { .. })) => {
-            return NodeOutcome::Trouble(NodeReason::ProfileInvalid, Reason::ProfileInvalid { message: error.to_string() });
+            return NodeOutcome::Trouble(
+                NodeReason::ProfileInvalid,
+                Reason::ProfileInvalid {
+                    message: error.to_string(),
+                },
+            );
         }
     };
-    let cached = request.model_sha256.as_ref().is_some_and(|sha| node.models.contains(&format!("sha256:{sha}")))
+    let cached = request
+        .model_sha256
+        .as_ref()
+        .is_some_and(|sha| node.models.contains(&format!("sha256:{sha}")))
         || node.models.contains(&request.model_uri);
     let used_node = node.devices.iter().any(|d| d.jobs > 0);
     let mut best: Option<Fit> = None;
     let mut most_free: Option<Tried> = None;
     let mut largest_cap: Option<Tried> = None;
-    for (device_index, device) in node.devices.iter().enumerate().filter(|(_, d)| usable(d, request)) {
+    for (device_index, device) in node
+        .devices
+        .iter()
+        .enumerate()
+        .filter(|(_, d)| usable(d, request))
+    {
         let estimate = match request.demand.on(device.backend, effective.limits.max_batch) {
             Ok(estimate) => estimate,
             Err(error) => {
-                return NodeOutcome::Trouble(NodeReason::NoDevice, Reason::UnsupportedModel { message: error.to_string() });
+                return NodeOutcome::Trouble(
+                    NodeReason::NoDevice,
+                    Reason::UnsupportedModel {
+                        message: error.to_string(),
+                    },
+                );
             }
         };
         let needed = estimate.total;
@@ -221,7 +282,11 @@ fn try_node(world: &World, index: usize, node: &Node, request: &JobRequest) -> N
             let score = Score {
                 cpu: device.backend == Backend::Cpu,
                 elsewhere: request.preferred_node.as_ref().is_some_and(|p| *p != node.name),
-                sharing: if device.backend == Backend::Cpu { device.jobs } else { 0 },
+                sharing: if device.backend == Backend::Cpu {
+                    device.jobs
+                } else {
+                    0
+                },
                 uncached: !cached,
                 remaining: free.saturating_sub(needed),
                 unused_node: !used_node,
@@ -229,21 +294,36 @@ fn try_node(world: &World, index: usize, node: &Node, request: &JobRequest) -> N
                 device: device_index,
             };
             if best.as_ref().is_none_or(|b| score < b.score) {
-                let profiles = effective.sources.iter().map(|(name, generation)| format!("{name}@{generation}")).collect();
-                best = Some(Fit { score, estimate, parallel_limit: effective.limits.max_batch, profiles });
+                let profiles = effective
+                    .sources
+                    .iter()
+                    .map(|(name, generation)| format!("{name}@{generation}"))
+                    .collect();
+                best = Some(Fit {
+                    score,
+                    estimate,
+                    parallel_limit: effective.limits.max_batch,
+                    profiles,
+                });
             }
         }
         let tried = || Tried { needed, free, cap };
         if most_free.as_ref().is_none_or(|m| tried().missing() < m.missing()) {
             most_free = Some(tried());
         }
-        if largest_cap.as_ref().is_none_or(|l| tried().over_cap() < l.over_cap()) {
+        if largest_cap
+            .as_ref()
+            .is_none_or(|l| tried().over_cap() < l.over_cap())
+        {
             largest_cap = Some(tried());
         }
     }
     match (best, most_free, largest_cap) {
         (Some(fit), _, _) => NodeOutcome::Fits(fit),
-        (None, Some(most_free), Some(largest_cap)) => NodeOutcome::TooSmall { most_free, largest_cap },
+        (None, Some(most_free), Some(largest_cap)) => NodeOutcome::TooSmall {
+            most_free,
+            largest_cap,
+        },
         _ => NodeOutcome::Rejected(NodeReason::NoDevice),
     }
 }
@@ -261,11 +341,19 @@ fn usable(device: &Device, request: &JobRequest) -> bool {
 }
 
 fn filtered(node: &Node, request: &JobRequest) -> Option<NodeReason> {
-    if !request.node_selector.iter().all(|(k, v)| node.labels.get(k) == Some(v)) {
+    if !request
+        .node_selector
+        .iter()
+        .all(|(k, v)| node.labels.get(k) == Some(v))
+    {
         return Some(NodeReason::SelectorMismatch);
     }
     let blocks = |effect| matches!(effect, TaintEffect::NoSchedule | TaintEffect::NoExecute);
-    if node.taints.iter().any(|t| blocks(t.effect) && !tolerates(&request.tolerations, t)) {
+    if node
+        .taints
+        .iter()
+        .any(|t| blocks(t.effect) && !tolerates(&request.tolerations, t))
+    {
         return Some(NodeReason::TaintNotTolerated);
     }
     if node.unschedulable {
@@ -275,7 +363,8 @@ fn filtered(node: &Node, request: &JobRequest) -> Option<NodeReason> {
         return Some(NodeReason::NodeNotReady);
     }
     let local = request.model_uri.starts_with("file:");
-    (local && !node.models.contains(&request.model_uri) && !node.models_cut).then_some(NodeReason::ModelNotFound)
+    (local && !node.models.contains(&request.model_uri) && !node.models_cut)
+        .then_some(NodeReason::ModelNotFound)
 }
 
 /// The reason when no device was ever measured: the one of the nodes that came farthest.
@@ -294,13 +383,24 @@ fn without_memory(request: &JobRequest, rejected: &[(NodeReason, Bytes, Bytes, u
     if nodes == 0 {
         Reason::NoNodes
     } else if matching == 0 {
-        Reason::NoMatchingNode { nodes, selector, tainted, cordoned }
+        Reason::NoMatchingNode {
+            nodes,
+            selector,
+            tainted,
+            cordoned,
+        }
     } else if matching == silent {
         Reason::NodeNotReady { matching }
     } else if matching == silent + missing {
-        Reason::ModelNotFound { uri: request.model_uri.clone(), nodes: missing }
+        Reason::ModelNotFound {
+            uri: request.model_uri.clone(),
+            nodes: missing,
+        }
     } else {
         let cpu_refused = request.cpu_fallback == CpuFallback::Never;
-        Reason::NoDevice { nodes: matching - silent - missing, cpu_refused }
+        Reason::NoDevice {
+            nodes: matching - silent - missing,
+            cpu_refused,
+        }
     }
 }

@@ -32,8 +32,18 @@ mod tests {
 
     #[test]
     fn a_higher_priority_goes_first_then_the_older_then_the_name() {
-        let job = |priority, created, name: &str| Waiting { priority, created, name: name.into() };
-        let jobs = [job(0, 5, "c"), job(10, 9, "d"), job(0, 5, "b"), job(0, 1, "z"), job(-1, 0, "a")];
+        let job = |priority, created, name: &str| Waiting {
+            priority,
+            created,
+            name: name.into(),
+        };
+        let jobs = [
+            job(0, 5, "c"),
+            job(10, 9, "d"),
+            job(0, 5, "b"),
+            job(0, 1, "z"),
+            job(-1, 0, "a"),
+        ];
         assert_eq!(order(&jobs), [1, 3, 2, 0, 4]);
     }
 }

@@ -134,33 +134,60 @@ impl Reason {
     /// A sentence with the numbers, and what would help.
     pub fn message(&self) -> String {
         match self {
-            Reason::NoNodes => "no node runs GoGrid's agent yet: install the agent or wait for its first report".into(),
-            Reason::NoMatchingNode { nodes, selector, tainted, cordoned } => format!(
+            Reason::NoNodes => {
+                "no node runs GoGrid's agent yet: install the agent or wait for its first report".into()
+            }
+            Reason::NoMatchingNode {
+                nodes,
+                selector,
+                tainted,
+                cordoned,
+            } => format!(
                 "none of {nodes} nodes matches: {selector} lack a label of spec.placement.nodeSelector, {tainted} have a taint that is not tolerated, {cordoned} are cordoned"
             ),
             Reason::NodeNotReady { matching } => {
-                format!("{matching} nodes match, but no agent there is alive and ready: waiting for a heartbeat")
+                format!(
+                    "{matching} nodes match, but no agent there is alive and ready: waiting for a heartbeat"
+                )
             }
             Reason::ModelNotFound { uri, nodes } => {
-                format!("{uri} is beneath the model roots of none of {nodes} live matching nodes: put the file there")
+                format!(
+                    "{uri} is beneath the model roots of none of {nodes} live matching nodes: put the file there"
+                )
             }
-            Reason::NoDevice { nodes, cpu_refused: true } => {
-                format!("{nodes} nodes considered have no healthy GPU, and spec.placement.cpuFallback is Never")
+            Reason::NoDevice {
+                nodes,
+                cpu_refused: true,
+            } => {
+                format!(
+                    "{nodes} nodes considered have no healthy GPU, and spec.placement.cpuFallback is Never"
+                )
             }
-            Reason::NoDevice { nodes, cpu_refused: false } => format!("{nodes} nodes considered have no healthy device"),
-            Reason::InsufficientVram { needed, best_free, node } => format!(
+            Reason::NoDevice {
+                nodes,
+                cpu_refused: false,
+            } => format!("{nodes} nodes considered have no healthy device"),
+            Reason::InsufficientVram {
+                needed,
+                best_free,
+                node,
+            } => format!(
                 "needs {needed} on one device; most is free on node {node}: {best_free}, {} short; waiting for jobs to end",
                 needed.saturating_sub(*best_free)
             ),
-            Reason::ExceedsClusterVram { needed, largest_cap, node } => format!(
+            Reason::ExceedsClusterVram {
+                needed,
+                largest_cap,
+                node,
+            } => format!(
                 "needs {needed} on one device, but the largest cap is {largest_cap} (node {node}): waiting won't help; lower contextTokens or parallelSequences, or raise that node's profile"
             ),
             Reason::ProfileNotFound { name } => {
                 format!("ResourceProfile {name:?} does not exist: create it or name one of those that do")
             }
-            Reason::ProfileInvalid { message } | Reason::UnsupportedModel { message } | Reason::ModelRefused { message, .. } => {
-                message.clone()
-            }
+            Reason::ProfileInvalid { message }
+            | Reason::UnsupportedModel { message }
+            | Reason::ModelRefused { message, .. } => message.clone(),
             Reason::InspectingModel { node: Some(node) } => format!("node {node} reads the model's header"),
             Reason::InspectingModel { node: None } => "the model's header is about to be read".into(),
             Reason::StagingInput => "the input is being staged".into(),

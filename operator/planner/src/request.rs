@@ -4,10 +4,10 @@
 
 use crate::estimate::{self, EstimateError, Estimated};
 use crate::world::Taint;
+use gogrid_api::Bytes;
 use gogrid_api::assignment::ModelFacts;
 use gogrid_api::job::{CpuFallback, Split, Toleration, TolerationOperator};
 use gogrid_api::node::Backend;
-use gogrid_api::Bytes;
 use std::collections::BTreeMap;
 
 /// How much memory the job takes.
@@ -33,10 +33,20 @@ impl Demand {
     /// The numbers can't be a model that runs.
     pub fn on(&self, backend: Backend, max_batch: u16) -> Result<Estimated, EstimateError> {
         match self {
-            Demand::Fixed(total) => Ok(Estimated { total: *total, ..Estimated::default() }),
-            Demand::Facts { facts, context_tokens, parallel_sequences } => {
-                estimate::estimate(facts, *context_tokens, (*parallel_sequences).min(i32::from(max_batch)), backend)
-            }
+            Demand::Fixed(total) => Ok(Estimated {
+                total: *total,
+                ..Estimated::default()
+            }),
+            Demand::Facts {
+                facts,
+                context_tokens,
+                parallel_sequences,
+            } => estimate::estimate(
+                facts,
+                *context_tokens,
+                (*parallel_sequences).min(i32::from(max_batch)),
+                backend,
+            ),
         }
     }
 }

@@ -4,10 +4,10 @@
 //! Must not: decide anything.
 
 use crate::plan::Planned;
+use gogrid_api::Bytes;
 use gogrid_api::effective::NamedProfile;
 use gogrid_api::job::TaintEffect;
 use gogrid_api::node::Backend;
-use gogrid_api::Bytes;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// A taint of a node.
@@ -56,7 +56,10 @@ pub struct Device {
 impl Device {
     /// Most bytes that could still be promised under that ceiling.
     pub fn available(&self, cap: Bytes) -> Bytes {
-        let physical = self.total.saturating_sub(self.reserved).saturating_sub(self.foreign);
+        let physical = self
+            .total
+            .saturating_sub(self.reserved)
+            .saturating_sub(self.foreign);
         cap.min(physical).saturating_sub(self.used)
     }
 }
@@ -127,7 +130,10 @@ impl World {
         for node in &nodes {
             let mut seen = BTreeSet::new();
             if let Some(twice) = node.devices.iter().find(|d| !seen.insert(&d.uuid)) {
-                return Err(WorldError::DuplicateDevice { node: node.name.clone(), device: twice.uuid.clone() });
+                return Err(WorldError::DuplicateDevice {
+                    node: node.name.clone(),
+                    device: twice.uuid.clone(),
+                });
             }
         }
         Ok(Self { nodes, profiles })
@@ -145,7 +151,10 @@ impl World {
 
     /// The node of that name.
     pub fn node(&self, name: &str) -> Option<&Node> {
-        self.nodes.binary_search_by(|n| n.name.as_str().cmp(name)).ok().and_then(|i| self.nodes.get(i))
+        self.nodes
+            .binary_search_by(|n| n.name.as_str().cmp(name))
+            .ok()
+            .and_then(|i| self.nodes.get(i))
     }
 
     /// Promises `bytes` of a device to one more job; unknown devices are no error, they only can't be placed on.

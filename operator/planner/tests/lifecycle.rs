@@ -2,40 +2,51 @@
 
 use gogrid_api::assignment::{Assignment, StopReason};
 use gogrid_api::job::{Failure, InferenceJob, ResultStatus};
-use gogrid_planner::lifecycle::{InputState, ModelState, Outcome, Publication, Refusal, RunsOn, Step, View, backoff_seconds, next};
+use gogrid_planner::lifecycle::{
+    InputState, ModelState, Outcome, Publication, Refusal, RunsOn, Step, View, backoff_seconds, next,
+};
 use gogrid_planner::{Heartbeat, Reason};
 use serde_json::{Value, from_value, json};
 
-const NOW: i64 = 1_000_000;
+#[expect(clippy::unwrap_used, reason = "helpers of tests")]
+mod make {
+    use super::{Assignment, InferenceJob, NOW, Value, from_value, json};
 
-fn time(seconds: i64) -> Value {
-    json!(k8s_openapi::jiff::Timestamp::from_second(seconds).unwrap().to_string())
-}
-
-fn condition(type_: &str, status: &str, since: i64) -> Value {
-    json!({"type": type_, "status": status, "reason": "R", "message": "", "observedGeneration": 1, "lastTransitionTime": time(since)})
-}
-
-fn job(spec: &Value, status: Value) -> InferenceJob {
-    let mut whole = json!({
-        "model": {"uri": "file:/m/a", "sha256": "0"}, "input": {"inline": ["{}"]}, "output": {"configMap": "o"},
-    });
-    for (key, value) in spec.as_object().unwrap() {
-        whole[key] = value.clone();
+    pub(super) fn time(seconds: i64) -> Value {
+        json!(
+            k8s_openapi::jiff::Timestamp::from_second(seconds)
+                .unwrap()
+                .to_string()
+        )
     }
-    from_value(json!({
+
+    pub(super) fn condition(type_: &str, status: &str, since: i64) -> Value {
+        json!({"type": type_, "status": status, "reason": "R", "message": "", "observedGeneration": 1, "lastTransitionTime": time(since)})
+    }
+
+    pub(super) fn job(spec: &Value, status: &Value) -> InferenceJob {
+        let mut whole = json!({
+            "model": {"uri": "file:/m/a", "sha256": "0"}, "input": {"inline": ["{}"]}, "output": {"configMap": "o"},
+        });
+        for (key, value) in spec.as_object().unwrap() {
+            whole[key] = value.clone();
+        }
+        from_value(json!({
         "apiVersion": "gogrid.dev/v1alpha1", "kind": "InferenceJob", "metadata": {"name": "j", "namespace": "n", "uid": "u"},
         "spec": whole, "status": status,
     }))
     .unwrap()
-}
+    }
 
-fn placed(spec: &Value) -> InferenceJob {
-    job(spec, json!({"epoch": 1, "startTime": time(NOW - 100), "conditions": [condition("Placed", "True", NOW - 100)]}))
-}
+    pub(super) fn placed(spec: &Value) -> InferenceJob {
+        job(
+            spec,
+            &json!({"epoch": 1, "startTime": time(NOW - 100), "conditions": [condition("Placed", "True", NOW - 100)]}),
+        )
+    }
 
-fn run(epoch: i64, status: Value) -> Assignment {
-    from_value(json!({
+    pub(super) fn run(epoch: i64, status: &Value) -> Assignment {
+        from_value(json!({
         "apiVersion": "gogrid.dev/v1alpha1", "kind": "Assignment", "metadata": {"name": format!("u-{epoch}")},
         "spec": {
             "kind": "Run", "job": {"namespace": "n", "name": "j", "uid": "u"}, "epoch": epoch, "term": 1, "nodeName": "a",
@@ -44,7 +55,11 @@ fn run(epoch: i64, status: Value) -> Assignment {
         "status": status,
     }))
     .unwrap()
+    }
 }
+use make::{condition, job, placed, run, time};
+
+const NOW: i64 = 1_000_000;
 
 struct Case {
     job: InferenceJob,
@@ -63,7 +78,11 @@ impl Case {
         Self {
             job,
             runs,
-            on: RunsOn { node: "a".into(), heartbeat: Heartbeat::Fresh, session: Some("s1".into()) },
+            on: RunsOn {
+                node: "a".into(),
+                heartbeat: Heartbeat::Fresh,
+                session: Some("s1".into()),
+            },
             refusal: None,
             priority_missing: None,
             model: ModelState::Known,
@@ -92,15 +111,25 @@ impl Case {
 }
 
 fn stop(name: &str, reason: StopReason) -> Step {
-    Step::Stop { assignment: name.into(), reason }
+    Step::Stop {
+        assignment: name.into(),
+        reason,
+    }
 }
 
 fn new_job() -> InferenceJob {
-    job(&json!({}), json!({}))
+    job(&json!({}), &json!({}))
 }
 
 fn result() -> ResultStatus {
-    ResultStatus { location: "configmap/o".into(), sha256: "0".into(), bytes: 1, records: 1, failed_records: 0, preview: String::new() }
+    ResultStatus {
+        location: "configmap/o".into(),
+        sha256: "0".into(),
+        bytes: 1,
+        records: 1,
+        failed_records: 0,
+        preview: String::new(),
+    }
 }
 
 #[test]
@@ -113,12 +142,21 @@ fn a_new_job_is_refused_staged_inspected_and_placed_in_that_order() {
     assert_eq!(case.step(), Step::Wait(Reason::NoNodes));
     case.input = InputState::ToStage;
     assert_eq!(case.step(), Step::Stage);
-    let refusal = Refusal { word: "InputNotFound", message: "m".into() };
+    let refusal = Refusal {
+        word: "InputNotFound",
+        message: "m".into(),
+    };
     case.input = InputState::Refused(refusal.clone());
     assert_eq!(case.step(), Step::Refuse(refusal));
     case.priority_missing = Some("high");
-    assert_eq!(case.step(), Step::Wait(Reason::PriorityClassNotFound { name: "high".into() }));
-    let refusal = Refusal { word: "Unsupported", message: "m".into() };
+    assert_eq!(
+        case.step(),
+        Step::Wait(Reason::PriorityClassNotFound { name: "high".into() })
+    );
+    let refusal = Refusal {
+        word: "Unsupported",
+        message: "m".into(),
+    };
     case.refusal = Some(refusal.clone());
     assert_eq!(case.step(), Step::Refuse(refusal));
 }
@@ -128,49 +166,77 @@ fn a_placed_job_without_its_order_gets_it_unless_an_agent_had_claimed_it() {
     let mut case = Case::new(placed(&json!({})), vec![]);
     assert_eq!(case.step(), Step::CreateAssignment);
     case.job.status.as_mut().unwrap().lease = from_value(json!({"name": "node-a", "holder": "s1"})).unwrap();
-    assert!(matches!(case.step(), Step::Requeue { failure: Failure { reason, .. }, counted: false } if reason == "AssignmentLost"));
+    assert!(
+        matches!(case.step(), Step::Requeue { failure: Failure { reason, .. }, counted: false } if reason == "AssignmentLost")
+    );
 }
 
 #[test]
 fn a_running_job_is_mirrored_and_placed_anew_when_its_node_or_session_is_lost() {
-    let mut case = Case::new(placed(&json!({})), vec![run(1, json!({"state": "Running"}))]);
+    let mut case = Case::new(placed(&json!({})), vec![run(1, &json!({"state": "Running"}))]);
     assert_eq!(case.step(), Step::Mirror);
     case.on.heartbeat = Heartbeat::Waiting;
     assert_eq!(case.step(), Step::Mirror, "silence alone is no loss");
     case.on.heartbeat = Heartbeat::Lost;
-    assert!(matches!(case.step(), Step::Requeue { failure: Failure { reason, .. }, counted: false } if reason == "NodeLost"));
+    assert!(
+        matches!(case.step(), Step::Requeue { failure: Failure { reason, .. }, counted: false } if reason == "NodeLost")
+    );
     case.on.heartbeat = Heartbeat::Fresh;
     case.on.session = Some("s2".into());
-    assert!(matches!(case.step(), Step::Requeue { failure: Failure { reason, .. }, counted: false } if reason == "AgentRestarted"));
+    assert!(
+        matches!(case.step(), Step::Requeue { failure: Failure { reason, .. }, counted: false } if reason == "AgentRestarted")
+    );
 }
 
 #[test]
 fn an_order_of_an_earlier_epoch_is_stopped_before_anything_else() {
     let mut job = placed(&json!({}));
     job.status.as_mut().unwrap().epoch = 2;
-    let case = Case::new(job, vec![run(1, json!({"state": "Running"})), run(2, json!({}))]);
+    let case = Case::new(
+        job,
+        vec![run(1, &json!({"state": "Running"})), run(2, &json!({}))],
+    );
     assert_eq!(case.step(), stop("u-1", StopReason::Superseded));
 }
 
 #[test]
 fn a_failure_is_tried_again_only_where_that_may_help_and_only_so_often() {
-    let failed = |retryable| run(1, json!({"state": "Failed", "failure": {"reason": "OutOfMemory", "message": "m", "retryable": retryable}}));
+    let failed = |retryable| {
+        run(
+            1,
+            &json!({"state": "Failed", "failure": {"reason": "OutOfMemory", "message": "m", "retryable": retryable}}),
+        )
+    };
     let mut case = Case::new(placed(&json!({"backoffLimit": 1})), vec![failed(true)]);
     assert!(matches!(case.step(), Step::Requeue { counted: true, .. }));
     case.job.status.as_mut().unwrap().attempts = 1;
-    assert!(matches!(case.step(), Step::Finish(Outcome::Failed(f)) if f.reason == "BackoffLimitExceeded" && f.message.contains("OutOfMemory")));
+    assert!(
+        matches!(case.step(), Step::Finish(Outcome::Failed(f)) if f.reason == "BackoffLimitExceeded" && f.message.contains("OutOfMemory"))
+    );
     let case = Case::new(placed(&json!({})), vec![failed(false)]);
     assert!(matches!(case.step(), Step::Finish(Outcome::Failed(f)) if f.reason == "OutOfMemory"));
-    let stopped = run(1, json!({"state": "Stopped"}));
-    assert!(matches!(Case::new(placed(&json!({})), vec![stopped]).step(), Step::Requeue { counted: false, .. }));
+    let stopped = run(1, &json!({"state": "Stopped"}));
+    assert!(matches!(
+        Case::new(placed(&json!({})), vec![stopped]).step(),
+        Step::Requeue { counted: false, .. }
+    ));
 }
 
 #[test]
 fn a_repeated_attempt_waits_longer_each_time() {
     let status = json!({"epoch": 3, "attempts": 3, "conditions": [condition("Placed", "False", NOW - 2)]});
-    let mut case = Case::new(job(&json!({}), status), vec![]);
-    assert_eq!(case.step(), Step::Wait(Reason::BackingOff { attempts: 3, seconds: 4 }));
-    case.job = job(&json!({}), json!({"epoch": 3, "attempts": 3, "conditions": [condition("Placed", "False", NOW - 4)]}));
+    let mut case = Case::new(job(&json!({}), &status), vec![]);
+    assert_eq!(
+        case.step(),
+        Step::Wait(Reason::BackingOff {
+            attempts: 3,
+            seconds: 4
+        })
+    );
+    case.job = job(
+        &json!({}),
+        &json!({"epoch": 3, "attempts": 3, "conditions": [condition("Placed", "False", NOW - 4)]}),
+    );
     assert_eq!(case.step(), Step::Place);
     assert_eq!([0, 1, 2, 3, 9, 50].map(backoff_seconds), [0, 1, 2, 4, 256, 256]);
 }
@@ -178,63 +244,78 @@ fn a_repeated_attempt_waits_longer_each_time() {
 #[test]
 fn a_suspended_job_is_stopped_first_and_says_so_only_when_nothing_runs() {
     let spec = json!({"suspend": true});
-    let mut case = Case::new(placed(&spec), vec![run(1, json!({"state": "Running"}))]);
+    let mut case = Case::new(placed(&spec), vec![run(1, &json!({"state": "Running"}))]);
     assert_eq!(case.step(), stop("u-1", StopReason::Suspended));
     case.runs[0].spec.stop = from_value(json!({"reason": "Suspended", "graceSeconds": 30})).unwrap();
     assert_eq!(case.step(), Step::Mirror);
     case.runs[0].status = from_value(json!({"state": "Stopped"})).unwrap();
     assert_eq!(case.step(), Step::Suspend);
     let suspended = json!({"epoch": 1, "conditions": [condition("Suspended", "True", NOW), condition("Placed", "False", NOW)]});
-    case.job = job(&spec, suspended.clone());
+    case.job = job(&spec, &suspended);
     assert_eq!(case.step(), Step::Rest);
-    case.job = job(&json!({}), suspended);
+    case.job = job(&json!({}), &suspended);
     assert_eq!(case.step(), Step::Resume);
 }
 
 #[test]
 fn the_deadline_stops_the_run_and_then_ends_the_job_but_not_while_suspended() {
     let spec = json!({"activeDeadlineSeconds": 100});
-    let mut case = Case::new(placed(&spec), vec![run(1, json!({"state": "Running"}))]);
+    let mut case = Case::new(placed(&spec), vec![run(1, &json!({"state": "Running"}))]);
     assert_eq!(case.step(), stop("u-1", StopReason::DeadlineExceeded));
     case.runs[0].spec.stop = from_value(json!({"reason": "DeadlineExceeded", "graceSeconds": 30})).unwrap();
     assert_eq!(case.step(), Step::Mirror);
     case.runs[0].status = from_value(json!({"state": "Stopped"})).unwrap();
-    assert!(matches!(case.step(), Step::Finish(Outcome::Failed(f)) if f.reason == "DeadlineExceeded" && f.message.contains("100")));
+    assert!(
+        matches!(case.step(), Step::Finish(Outcome::Failed(f)) if f.reason == "DeadlineExceeded" && f.message.contains("100"))
+    );
     case.job.status.as_mut().unwrap().suspended_seconds = 1;
-    assert!(matches!(case.step(), Step::Requeue { .. }), "a suspended second does not count");
+    assert!(
+        matches!(case.step(), Step::Requeue { .. }),
+        "a suspended second does not count"
+    );
 }
 
 #[test]
 fn a_success_is_published_before_the_job_is_over_even_when_it_was_suspended_meanwhile() {
-    let mut case = Case::new(placed(&json!({"suspend": true})), vec![run(1, json!({"state": "Succeeded"}))]);
+    let mut case = Case::new(
+        placed(&json!({"suspend": true})),
+        vec![run(1, &json!({"state": "Succeeded"}))],
+    );
     assert_eq!(case.step(), Step::Publish);
     case.published = Some(Publication::Done(result()));
     assert_eq!(case.step(), Step::Finish(Outcome::Succeeded(result())));
-    let conflict = Failure { reason: "OutputConflict".into(), message: "m".into(), retryable: false };
+    let conflict = Failure {
+        reason: "OutputConflict".into(),
+        message: "m".into(),
+        retryable: false,
+    };
     case.published = Some(Publication::Refused(conflict.clone()));
     assert_eq!(case.step(), Step::Finish(Outcome::Failed(conflict)));
     case.job = placed(&json!({"failurePolicy": {"maxFailedRecords": 0}}));
-    case.published = Some(Publication::Done(ResultStatus { failed_records: 1, ..result() }));
+    case.published = Some(Publication::Done(ResultStatus {
+        failed_records: 1,
+        ..result()
+    }));
     assert!(matches!(case.step(), Step::Finish(Outcome::Failed(f)) if f.reason == "TooManyFailedRecords"));
 }
 
 #[test]
 fn a_finished_job_is_cleaned_up_then_rests_and_goes_when_its_time_is_up() {
     let status = json!({"epoch": 1, "completionTime": time(NOW - 60), "conditions": [condition("Finished", "True", NOW - 60)]});
-    let mut case = Case::new(job(&json!({"ttlSecondsAfterFinished": 60}), status.clone()), vec![]);
+    let mut case = Case::new(job(&json!({"ttlSecondsAfterFinished": 60}), &status), vec![]);
     case.leftovers = true;
     assert_eq!(case.step(), Step::CleanUp);
     case.leftovers = false;
     assert_eq!(case.step(), Step::DeleteJob);
-    case.job = job(&json!({"ttlSecondsAfterFinished": 61}), status.clone());
+    case.job = job(&json!({"ttlSecondsAfterFinished": 61}), &status);
     assert_eq!(case.step(), Step::Rest);
-    case.job = job(&json!({}), status);
+    case.job = job(&json!({}), &status);
     assert_eq!(case.step(), Step::Rest);
 }
 
 #[test]
 fn a_job_on_its_way_out_only_has_its_runs_stopped() {
-    let mut case = Case::new(placed(&json!({})), vec![run(1, json!({"state": "Running"}))]);
+    let mut case = Case::new(placed(&json!({})), vec![run(1, &json!({"state": "Running"}))]);
     case.job.metadata.deletion_timestamp = from_value(time(NOW)).unwrap();
     assert_eq!(case.step(), stop("u-1", StopReason::JobDeleted));
     case.runs[0].spec.stop = from_value(json!({"reason": "JobDeleted", "graceSeconds": 30})).unwrap();

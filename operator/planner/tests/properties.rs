@@ -12,8 +12,16 @@ use std::collections::{BTreeMap, BTreeSet};
 const GIB: u64 = 1 << 30;
 
 fn device() -> impl Strategy<Value = Device> {
-    (any::<bool>(), 0..64_u64, 0..4_u64, 0..40_u64, 0..40_u64, 0..4_u32, prop::bool::weighted(0.9)).prop_map(
-        |(cpu, total, reserved, foreign, used, jobs, healthy)| Device {
+    (
+        any::<bool>(),
+        0..64_u64,
+        0..4_u64,
+        0..40_u64,
+        0..40_u64,
+        0..4_u32,
+        prop::bool::weighted(0.9),
+    )
+        .prop_map(|(cpu, total, reserved, foreign, used, jobs, healthy)| Device {
             uuid: String::new(),
             backend: if cpu { Backend::Cpu } else { Backend::Cuda },
             total: Bytes(total * GIB),
@@ -22,32 +30,60 @@ fn device() -> impl Strategy<Value = Device> {
             used: Bytes(used * GIB),
             jobs,
             healthy,
-        },
-    )
+        })
 }
 
 fn node() -> impl Strategy<Value = Node> {
-    let heartbeat = prop_oneof![4 => Just(Heartbeat::Fresh), 1 => Just(Heartbeat::Waiting), 1 => Just(Heartbeat::Lost)];
-    let taint = prop::option::weighted(0.3, prop_oneof![Just(TaintEffect::NoSchedule), Just(TaintEffect::NoExecute), Just(TaintEffect::PreferNoSchedule)]);
-    (any::<bool>(), taint, prop::bool::weighted(0.1), heartbeat, prop::collection::vec(device(), 0..4), any::<bool>()).prop_map(
-        |(fast, taint, unschedulable, heartbeat, mut devices, model)| {
+    let heartbeat =
+        prop_oneof![4 => Just(Heartbeat::Fresh), 1 => Just(Heartbeat::Waiting), 1 => Just(Heartbeat::Lost)];
+    let taint = prop::option::weighted(
+        0.3,
+        prop_oneof![
+            Just(TaintEffect::NoSchedule),
+            Just(TaintEffect::NoExecute),
+            Just(TaintEffect::PreferNoSchedule)
+        ],
+    );
+    (
+        any::<bool>(),
+        taint,
+        prop::bool::weighted(0.1),
+        heartbeat,
+        prop::collection::vec(device(), 0..4),
+        any::<bool>(),
+    )
+        .prop_map(|(fast, taint, unschedulable, heartbeat, mut devices, model)| {
             for (i, d) in devices.iter_mut().enumerate() {
                 d.uuid = format!("d{i}");
             }
             Node {
                 name: String::new(),
-                labels: if fast { BTreeMap::from([("disk".into(), "fast".into())]) } else { BTreeMap::new() },
-                taints: taint.map(|effect| Taint { key: "team".into(), value: "ml".into(), effect }).into_iter().collect(),
+                labels: if fast {
+                    BTreeMap::from([("disk".into(), "fast".into())])
+                } else {
+                    BTreeMap::new()
+                },
+                taints: taint
+                    .map(|effect| Taint {
+                        key: "team".into(),
+                        value: "ml".into(),
+                        effect,
+                    })
+                    .into_iter()
+                    .collect(),
                 unschedulable,
                 heartbeat,
                 ready: true,
                 session: "s".into(),
                 devices,
-                models: if model { BTreeSet::from(["file:/m".to_owned()]) } else { BTreeSet::new() },
+                models: if model {
+                    BTreeSet::from(["file:/m".to_owned()])
+                } else {
+                    BTreeSet::new()
+                },
                 models_cut: false,
             }
-        },
-    )
+        })
 }
 
 fn nodes() -> impl Strategy<Value = Vec<Node>> {
@@ -69,31 +105,59 @@ fn profiles() -> impl Strategy<Value = Vec<NamedProfile>> {
         let mut tight = base;
         tight.vram.max_percent = own;
         tight.node_selector = None;
-        let named = |name: &str, spec| NamedProfile { name: name.into(), generation: 1, spec };
-        if stored { vec![named("fast", governs), named("own", tight)] } else { vec![] }
+        let named = |name: &str, spec| NamedProfile {
+            name: name.into(),
+            generation: 1,
+            spec,
+        };
+        if stored {
+            vec![named("fast", governs), named("own", tight)]
+        } else {
+            vec![]
+        }
     })
 }
 
 fn request() -> impl Strategy<Value = JobRequest> {
-    (0..48_u64, any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>(), prop::option::of(0..8_usize)).prop_map(
-        |(need, file, never, selects, bears, own, prefer)| JobRequest {
+    (
+        0..48_u64,
+        any::<bool>(),
+        any::<bool>(),
+        any::<bool>(),
+        any::<bool>(),
+        any::<bool>(),
+        prop::option::of(0..8_usize),
+    )
+        .prop_map(|(need, file, never, selects, bears, own, prefer)| JobRequest {
             name: "j".into(),
             demand: Demand::Fixed(Bytes(need * GIB)),
             layers: 8,
             model_uri: if file { "file:/m" } else { "https://m" }.into(),
             model_sha256: None,
-            node_selector: if selects { BTreeMap::from([("disk".into(), "fast".into())]) } else { BTreeMap::new() },
+            node_selector: if selects {
+                BTreeMap::from([("disk".into(), "fast".into())])
+            } else {
+                BTreeMap::new()
+            },
             tolerations: if bears {
-                vec![Toleration { key: Some("team".into()), operator: TolerationOperator::Equal, value: Some("ml".into()), effect: None }]
+                vec![Toleration {
+                    key: Some("team".into()),
+                    operator: TolerationOperator::Equal,
+                    value: Some("ml".into()),
+                    effect: None,
+                }]
             } else {
                 vec![]
             },
-            cpu_fallback: if never { CpuFallback::Never } else { CpuFallback::IfNeeded },
+            cpu_fallback: if never {
+                CpuFallback::Never
+            } else {
+                CpuFallback::IfNeeded
+            },
             split: Split::Auto,
             profile_name: own.then(|| "own".into()),
             preferred_node: prefer.map(|n| format!("n{n}")),
-        },
-    )
+        })
 }
 
 proptest! {

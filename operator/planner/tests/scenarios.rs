@@ -7,6 +7,8 @@
 //! `model URI` (of the node above)
 //! `job NAME need=BYTES [uri=URI] [cpu=Never] [label=K=V] [bears=KEY] [profile=NAME] [priority=N] [created=N] [prefer=NODE]`
 
+#![expect(clippy::unwrap_used, clippy::panic, reason = "helpers of tests")]
+
 use gogrid_api::effective::NamedProfile;
 use gogrid_api::job::{CpuFallback, Split, TaintEffect, Toleration, TolerationOperator};
 use gogrid_api::node::Backend;
@@ -29,13 +31,26 @@ fn parse_profile(name: &str, words: &[&str]) -> NamedProfile {
             Some(("vram", v)) => spec.vram.max_percent = v.parse().unwrap(),
             Some(("reserve", v)) => spec.vram.reserve = Some(ByteQuantity(v.into())),
             Some(("batch", v)) => spec.max_batch_size = v.parse().unwrap(),
-            Some(("node", v)) => spec.node_selector = Some(v.split_once('=').map(|(k, v)| (k.into(), v.into())).into_iter().collect()),
+            Some(("node", v)) => {
+                spec.node_selector = Some(;
+                    v.split_once('=')
+                        .map(|(k, v)| (k.into(), v.into()))
+                        .into_iter()
+                        .collect(),
+                )
+            }
             None if *word == "everywhere" => spec.node_selector = Some(BTreeMap::new()),
-            None if *word == "adaptive" => spec.adaptive.mode = gogrid_api::profile::AdaptiveMode::ForeignLoad,
+            None if *word == "adaptive" => {
+                spec.adaptive.mode = gogrid_api::profile::AdaptiveMode::ForeignLoad;
+            }
             _ => panic!("profile {name}: {word}"),
         }
     }
-    NamedProfile { name: name.into(), generation: 1, spec }
+    NamedProfile {
+        name: name.into(),
+        generation: 1,
+        spec,
+    }
 }
 
 fn parse_node(name: &str, words: &[&str]) -> Node {
@@ -65,7 +80,11 @@ fn parse_node(name: &str, words: &[&str]) -> Node {
                     "NoExecute" => TaintEffect::NoExecute,
                     _ => TaintEffect::PreferNoSchedule,
                 };
-                node.taints.push(Taint { key: key.into(), value: value.into(), effect });
+                node.taints.push(Taint {
+                    key: key.into(),
+                    value: value.into(),
+                    effect,
+                });
             }
             None if *word == "cordoned" => node.unschedulable = true,
             None if *word == "silent" => node.heartbeat = Heartbeat::Waiting,
@@ -78,7 +97,11 @@ fn parse_node(name: &str, words: &[&str]) -> Node {
 }
 
 fn parse_device(words: &[&str]) -> Device {
-    let backend = if words[1] == "CPU" { Backend::Cpu } else { Backend::Cuda };
+    let backend = if words[1] == "CPU" {
+        Backend::Cpu
+    } else {
+        Backend::Cuda
+    };
     let mut device = Device {
         uuid: words[0].into(),
         backend,
@@ -106,7 +129,11 @@ fn parse_device(words: &[&str]) -> Device {
 }
 
 fn parse_job(name: &str, words: &[&str]) -> (Waiting, JobRequest) {
-    let mut waiting = Waiting { priority: 0, created: 0, name: name.into() };
+    let mut waiting = Waiting {
+        priority: 0,
+        created: 0,
+        name: name.into(),
+    };
     let mut request = JobRequest {
         name: name.into(),
         demand: Demand::Fixed(Bytes(0)),
@@ -131,7 +158,12 @@ fn parse_job(name: &str, words: &[&str]) -> (Waiting, JobRequest) {
             }
             ("bears", key) => {
                 let operator = TolerationOperator::Exists;
-                request.tolerations.push(Toleration { key: Some(key.into()), operator, value: None, effect: None });
+                request.tolerations.push(Toleration {
+                    key: Some(key.into()),
+                    operator,
+                    value: None,
+                    effect: None,
+                });
             }
             ("profile", v) => request.profile_name = Some(v.into()),
             ("priority", v) => waiting.priority = v.parse().unwrap(),
@@ -144,8 +176,12 @@ fn parse_job(name: &str, words: &[&str]) -> (Waiting, JobRequest) {
 }
 
 fn explain(input: &str) -> String {
-    let (mut nodes, mut profiles, mut jobs): (Vec<Node>, Vec<NamedProfile>, Vec<_>) = (vec![], vec![], vec![]);
-    for line in input.lines().filter(|l| !l.trim().is_empty() && !l.starts_with('#')) {
+    let (mut nodes, mut profiles, mut jobs): (Vec<Node>, Vec<NamedProfile>, Vec<_>) =
+        (vec![], vec![], vec![]);
+    for line in input
+        .lines()
+        .filter(|l| !l.trim().is_empty() && !l.starts_with('#'))
+    {
         let words: Vec<_> = line.split_whitespace().collect();
         match words[0] {
             "profile" => profiles.push(parse_profile(words[1], &words[2..])),
@@ -168,12 +204,32 @@ fn explain(input: &str) -> String {
                 world.take(&planned);
                 let stage = &planned.stages[0];
                 let profiles = planned.profiles.join(", ");
-                writeln!(out, "{}: node {} device {} {} (profiles {profiles}, batch {})", request.name, planned.node, stage.device, stage.bytes, planned.parallel_limit).unwrap();
+                writeln!(
+                    out,
+                    "{}: node {} device {} {} (profiles {profiles}, batch {})",
+                    request.name, planned.node, stage.device, stage.bytes, planned.parallel_limit
+                )
+                .unwrap();
             }
             Decision::Unplaced(unplaced) => {
-                writeln!(out, "{}: {}: {}", request.name, unplaced.reason.word(), unplaced.reason.message()).unwrap();
+                writeln!(
+                    out,
+                    "{}: {}: {}",
+                    request.name,
+                    unplaced.reason.word(),
+                    unplaced.reason.message()
+                )
+                .unwrap();
                 for c in unplaced.candidates {
-                    writeln!(out, "  {}: {}, {} free, {} missing", c.node, c.reason.word(), c.free, c.missing).unwrap();
+                    writeln!(
+                        out,
+                        "  {}: {}, {} free, {} missing",
+                        c.node,
+                        c.reason.word(),
+                        c.free,
+                        c.missing
+                    )
+                    .unwrap();
                 }
             }
         }
@@ -184,7 +240,10 @@ fn explain(input: &str) -> String {
 #[test]
 fn every_scenario_gives_the_plan_that_is_written_below_it() {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/scenarios");
-    let mut files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|f| f.unwrap().path()).collect();
+    let mut files: Vec<_> = std::fs::read_dir(folder)
+        .unwrap()
+        .map(|f| f.unwrap().path())
+        .collect();
     files.sort();
     assert!(files.len() >= 12, "{} scenarios", files.len());
     for file in files {
