@@ -32,12 +32,12 @@ fn parse_profile(name: &str, words: &[&str]) -> NamedProfile {
             Some(("reserve", v)) => spec.vram.reserve = Some(ByteQuantity(v.into())),
             Some(("batch", v)) => spec.max_batch_size = v.parse().unwrap(),
             Some(("node", v)) => {
-                spec.node_selector = Some(;
+                spec.node_selector = Some(
                     v.split_once('=')
                         .map(|(k, v)| (k.into(), v.into()))
                         .into_iter()
                         .collect(),
-                )
+                );
             }
             None if *word == "everywhere" => spec.node_selector = Some(BTreeMap::new()),
             None if *word == "adaptive" => {
