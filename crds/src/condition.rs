@@ -48,20 +48,16 @@ pub fn set_condition(conditions: &mut Vec<Condition>, mut new: Condition) -> boo
     if let Some((cut, _)) = new.message.char_indices().nth(1024) {
         new.message.truncate(cut);
     }
-    match conditions.iter_mut().find(|c| c.type_ == new.type_) {
-        Some(old) => {
-            if old.status == new.status {
-                new.last_transition_time = old.last_transition_time.clone();
-            }
-            let changed = *old != new;
-            *old = new;
-            changed
-        }
-        None => {
-            conditions.push(new);
-            true
-        }
+    let Some(old) = conditions.iter_mut().find(|c| c.type_ == new.type_) else {
+        conditions.push(new);
+        return true;
+    };
+    if old.status == new.status {
+        new.last_transition_time = old.last_transition_time.clone();
     }
+    let changed = *old != new;
+    *old = new;
+    changed
 }
 
 /// The condition of that type, if set.

@@ -259,12 +259,12 @@ pub fn effective_profile(
         })
     };
     let by_name = |name: &str| profiles.iter().find(|p| p.name == name);
-    let (ceiling, source) = match governing(profiles, node_labels).or_else(|| by_name(CONSERVATIVE)) {
-        Some(p) => (limits_of(&p.name, &p.spec)?, (p.name.clone(), p.generation)),
-        None => {
-            let [(name, spec), ..] = presets();
-            (limits_of(name, &spec)?, (name.into(), 0))
-        }
+    let stored = governing(profiles, node_labels).or_else(|| by_name(CONSERVATIVE));
+    let (ceiling, source) = if let Some(p) = stored {
+        (limits_of(&p.name, &p.spec)?, (p.name.clone(), p.generation))
+    } else {
+        let [(name, spec), ..] = presets();
+        (limits_of(name, &spec)?, (name.into(), 0))
     };
     let mut sources = vec![source];
     let limits = match job_profile {

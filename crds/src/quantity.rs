@@ -14,17 +14,20 @@ impl Bytes {
     pub const MIB: Bytes = Bytes(1 << 20);
 
     /// `self × percent / 100`, rounded down, without overflow.
+    #[must_use]
     pub fn percent(self, percent: Percent) -> Bytes {
         let part = u128::from(self.0) * u128::from(percent.0) / 100;
         Bytes(u64::try_from(part).unwrap_or(u64::MAX))
     }
 
     /// `self − other`, never below zero.
+    #[must_use]
     pub fn saturating_sub(self, other: Bytes) -> Bytes {
         Bytes(self.0.saturating_sub(other.0))
     }
 
     /// `self + other`, never above `u64::MAX`.
+    #[must_use]
     pub fn saturating_add(self, other: Bytes) -> Bytes {
         Bytes(self.0.saturating_add(other.0))
     }

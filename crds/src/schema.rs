@@ -60,15 +60,14 @@ const TERMS: [(&str, &str); 5] = [
 /// Spells out `STAYS(path)`: an optional field is absent on both sides, or the same. Not `self.?a == oldSelf.?a`: the
 /// API server knows no bound of a value behind `.?` and refuses the rule as too costly.
 fn spell_out_stays(rule: &str) -> String {
-    let mut parts = rule.split("STAYS(");
-    let mut text = parts.next().unwrap_or_default().to_owned();
-    for part in parts {
+    let mut spelt: Vec<String> = rule.split("STAYS(").map(str::to_owned).collect();
+    for part in spelt.iter_mut().skip(1) {
         let (path, rest) = part.split_once(')').unwrap_or((part, ""));
-        text += &format!(
+        *part = format!(
             "has(self.{path}) == has(oldSelf.{path}) && (!has(self.{path}) || self.{path} == oldSelf.{path}){rest}"
         );
     }
-    text
+    spelt.concat()
 }
 
 /// The last touch on a derived CRD: kept on uninstall, terms of root rules spelt out, no `null` values, only formats

@@ -1,5 +1,7 @@
 //! The node's profile is a ceiling and a job's own only tightens it, whatever the profiles say.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test ends by panicking")]
+
 use gogrid_api::effective::{EffectiveProfileError, Limits, NamedProfile, effective_profile};
 use gogrid_api::profile::{CONSERVATIVE, IoClass, ResourceProfileSpec, presets};
 use gogrid_api::{ByteQuantity, Bytes, Percent};

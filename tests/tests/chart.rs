@@ -1,5 +1,12 @@
 //! The chart: what helm makes of it, and what the API server makes of that.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test ends by panicking"
+)]
+
 use std::collections::BTreeSet;
 use std::io::Write as _;
 use std::time::Duration;

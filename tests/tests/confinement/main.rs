@@ -1,5 +1,12 @@
 //! What each of GoGrid's accounts may and may not do, on a real API server with the chart's own roles and policies.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test ends by panicking"
+)]
+
 mod attempt;
 mod matrix;
 mod rights;

@@ -200,6 +200,8 @@ struct Form {
     wrong: &'static [&'static str],
 }
 
+const NO_DNS: &[&str] = &["-a", "a-", "A", "a_b", "a b", "ü"];
+
 impl Form {
     fn of(schema: &JSONSchemaProps) -> Self {
         let name = schema
@@ -207,10 +209,9 @@ impl Form {
             .clone()
             .or(schema.format.clone())
             .unwrap_or_default();
-        const DNS: &[&str] = &["-a", "a-", "A", "a_b", "a b", "ü"];
         let (start, fill, end, shortest, wrong): (_, _, _, _, &[&str]) = match name.as_str() {
             "" => ("", 'a', "", 0, &[]),
-            "^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$" => ("", 'a', "", 1, DNS),
+            "^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$" => ("", 'a', "", 1, NO_DNS),
             "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$" => ("", 'a', "", 1, &["-a", "a-", "A", "a.b", "a b"]),
             "^[-._a-zA-Z0-9]+$" => ("", 'a', "", 1, &["a/b", "a b", "ü"]),
             "^[0-9a-f]{64}$" => (

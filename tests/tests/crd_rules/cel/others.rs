@@ -1,5 +1,7 @@
 //! The rows of every kind but InferenceJob.
 
+#![allow(clippy::needless_pass_by_value, reason = "rows are built of literals")]
+
 use serde_json::{Value, json};
 
 use super::{Row, Try, spec};
