@@ -18,6 +18,9 @@ pub enum Mix {
     Weekdays,
     /// Half differences, the slowest task of the rest.
     Differences,
+    /// As many, but half of them with a result below 20: two-digit numbers that close are rare when drawn evenly,
+    /// and what is hardest about them (borrowing, and whether the answer has one digit or two) is then seldom seen.
+    CloseDifferences,
 }
 
 impl Mix {
@@ -29,7 +32,7 @@ impl Mix {
                 Sum, Difference, Weekday, Weekday, Sum, Difference, Weekday, Reverse,
             ],
             Self::Weekdays => &[Weekday],
-            Self::Differences => &[
+            Self::Differences | Self::CloseDifferences => &[
                 Sum, Difference, Difference, Weekday, Sum, Difference, Difference, Reverse,
             ],
         }
@@ -79,15 +82,24 @@ impl Batch {
     }
 
     /// The training batch of a step: it depends on the seed and the step alone, so a resumed run sees the same.
-    /// `turns` says which tasks it takes in turn.
-    pub fn training(encoder: &Encoder, seed: u64, step: usize, size: usize, turns: &[Task]) -> Result<Self> {
+    pub fn training(encoder: &Encoder, seed: u64, step: usize, size: usize, mix: Mix) -> Result<Self> {
         let mut rng = Rng::part(seed ^ 0x7472_6169_6e, step as u64);
+        let turns = mix.turns();
         let questions: Vec<_> = (0..size)
             .map(|index| {
-                let fact = Fact::draw_from(turns[index % turns.len()], Split::Train, &mut rng);
+                let mut draw = || Fact::draw_from(turns[index % turns.len()], Split::Train, &mut rng);
+                let mut fact = draw();
+                // Of the four differences in eight turns, two have an odd number.
+                while mix == Mix::CloseDifferences && index % 2 == 1 && is_wide_difference(&fact) {
+                    fact = draw();
+                }
                 (fact.question(rng.below(2) == 1), fact.answer())
             })
             .collect();
         Self::new(encoder, &questions)
     }
+}
+
+fn is_wide_difference(fact: &Fact) -> bool {
+    matches!(fact, Fact::Difference(a, b) if a - b >= 20)
 }

@@ -18,7 +18,8 @@ use crate::ops::with_slice;
 use crate::optim::AdamW;
 
 /// `steps:rate_from:rate_to:decay`; the rate falls along a half cosine. With `:weekdays` behind it, a stage trains
-/// on weekdays alone, in half batches; with `:differences`, half of the questions are differences. `1500/2500` for the steps is the first 1,500 steps of a curve made for 2,500.
+/// on weekdays alone, in half batches; with `:differences`, half of the questions are differences,
+/// and with `:close-differences` half of those have small results. `1500/2500` for the steps is the first 1,500 steps of a curve made for 2,500.
 #[derive(Debug, Clone)]
 pub struct Stage {
     steps: usize,
@@ -43,7 +44,8 @@ impl FromStr for Stage {
             None => Mix::Even,
             Some(&"weekdays") => Mix::Weekdays,
             Some(&"differences") => Mix::Differences,
-            Some(other) => bail!("{other}: the mix is weekdays or differences"),
+            Some(&"close-differences") => Mix::CloseDifferences,
+            Some(other) => bail!("{other}: the mix is weekdays, differences or close-differences"),
         };
         Ok(Self {
             steps: steps.parse()?,
@@ -119,7 +121,7 @@ pub fn train(args: &TrainArgs) -> Result<()> {
         } else {
             args.batch
         };
-        let batch = Batch::training(&encoder, args.seed, step, size, mix.turns())?;
+        let batch = Batch::training(&encoder, args.seed, step, size, mix)?;
         let loss = candle_nn::loss::cross_entropy(&model.logits(&batch)?, &batch.targets)?;
         optimiser.step(&model.vars, &loss.backward()?, step, rate, decay)?;
         loss_sum += f64::from(loss.to_scalar::<f32>()?);
