@@ -34,7 +34,10 @@ pub struct RequestGate {
 impl RequestGate {
     /// A gate with this many nanoseconds between starts; 0 = none.
     pub fn new(interval: u64) -> Self {
-        Self { interval, ..Self::default() }
+        Self {
+            interval,
+            ..Self::default()
+        }
     }
 
     /// The interval in force.
@@ -57,7 +60,10 @@ impl RequestGate {
         let slot = Slot(self.next);
         self.next = self.next.saturating_add(1);
         self.waiting.push_back(slot);
-        Reservation { slot, start_at: self.at(self.waiting.len().saturating_sub(1), now) }
+        Reservation {
+            slot,
+            start_at: self.at(self.waiting.len().saturating_sub(1), now),
+        }
     }
 
     /// Earliest start of a place as things are now; `None` for one that started or was cancelled.
@@ -72,7 +78,9 @@ impl RequestGate {
     /// # Errors
     /// The time to ask again.
     pub fn start(&mut self, slot: Slot, now: u64) -> Result<(), Option<u64>> {
-        let Some(at) = self.start_at(slot, now) else { return Err(None) };
+        let Some(at) = self.start_at(slot, now) else {
+            return Err(None);
+        };
         if self.waiting.front() != Some(&slot) || at > now {
             return Err(Some(at));
         }
@@ -92,7 +100,9 @@ impl RequestGate {
     }
 
     fn at(&self, place: usize, now: u64) -> u64 {
-        let first = self.last_start.map_or(now, |last| last.saturating_add(self.interval).max(now));
+        let first = self
+            .last_start
+            .map_or(now, |last| last.saturating_add(self.interval).max(now));
         let ahead = u64::try_from(place).unwrap_or(u64::MAX);
         first.saturating_add(ahead.saturating_mul(self.interval))
     }
@@ -145,7 +155,12 @@ impl Default for ShareMeter {
 impl ShareMeter {
     /// A meter without a grant; the burst is capped at [`BURST_NANOS`].
     pub fn new(burst: u64) -> Self {
-        Self { grant: None, level: 0, filled_to: 0, burst: burst.min(BURST_NANOS) }
+        Self {
+            grant: None,
+            level: 0,
+            filled_to: 0,
+            burst: burst.min(BURST_NANOS),
+        }
     }
 
     /// The grant in force, expired or not.
@@ -178,14 +193,19 @@ impl ShareMeter {
         }
         let share = u128::from(grant.share());
         let wait = self.level.unsigned_abs().div_ceil(share);
-        let at = self.filled_to.max(now).saturating_add(u64::try_from(wait).unwrap_or(u64::MAX));
+        let at = self
+            .filled_to
+            .max(now)
+            .saturating_add(u64::try_from(wait).unwrap_or(u64::MAX));
         (at < grant.ends_at()).then_some(at)
     }
 
     /// Bills device time that was used.
     pub fn bill(&mut self, now: u64, nanoseconds: u64) {
         self.fill(now);
-        self.level = self.level.saturating_sub(i128::from(nanoseconds).saturating_mul(1000));
+        self.level = self
+            .level
+            .saturating_sub(i128::from(nanoseconds).saturating_mul(1000));
     }
 
     /// Earns what the grant gives between the last fill and `now`.
@@ -220,7 +240,11 @@ mod tests {
         for (index, reservation) in slots.iter().enumerate() {
             // Every third caller oversleeps, by up to more than an interval.
             now = gate.start_at(reservation.slot, now).unwrap().max(now);
-            now += if index % 3 == 0 { 17 * MILLI * u64::try_from(index % 5).unwrap() } else { 0 };
+            now += if index % 3 == 0 {
+                17 * MILLI * u64::try_from(index % 5).unwrap()
+            } else {
+                0
+            };
             gate.start(reservation.slot, now).unwrap();
             starts.push(now);
         }
@@ -258,21 +282,42 @@ mod tests {
     fn without_a_grant_nothing_runs_and_nothing_is_earned() {
         let mut meter = ShareMeter::default();
         assert_eq!(meter.ready_at(5), None);
-        meter.set_grant(1000, Grant { share_permille: 500, expires_at: 2000, fence_at: 3000 });
+        meter.set_grant(
+            1000,
+            Grant {
+                share_permille: 500,
+                expires_at: 2000,
+                fence_at: 3000,
+            },
+        );
         assert_eq!(meter.ready_at(1000), Some(1000));
         meter.bill(1000, 100);
         assert_eq!(meter.ready_at(1000), Some(1200));
         assert_eq!(meter.ready_at(2000), None);
         // A new grant long after the old one ended finds only what the old one earned.
         meter.bill(2000, 1_000_000);
-        meter.set_grant(9_000_000, Grant { share_permille: 500, expires_at: u64::MAX, fence_at: u64::MAX });
+        meter.set_grant(
+            9_000_000,
+            Grant {
+                share_permille: 500,
+                expires_at: u64::MAX,
+                fence_at: u64::MAX,
+            },
+        );
         assert_eq!(meter.ready_at(9_000_000), Some(9_000_000 + 2 * (1_000_000 - 400)));
     }
 
     #[test]
     fn a_fence_before_the_expiry_ends_a_grant() {
         let mut meter = ShareMeter::default();
-        meter.set_grant(0, Grant { share_permille: 1000, expires_at: 100, fence_at: 50 });
+        meter.set_grant(
+            0,
+            Grant {
+                share_permille: 1000,
+                expires_at: 100,
+                fence_at: 50,
+            },
+        );
         assert_eq!(meter.ready_at(49), Some(49));
         assert_eq!(meter.ready_at(50), None);
     }

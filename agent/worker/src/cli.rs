@@ -1,8 +1,9 @@
 //! Commands. Owns flags, their bounds and what people read; computes nothing itself.
 
 use crate::engine::batch::{Batch, Event};
-use crate::engine::load::{Checked, Size, check, estimate};
+use crate::engine::load::{Checked, Size, check, estimate, header};
 use crate::engine::template::Message;
+use crate::engine::tokenizer::Tokenizer;
 use crate::permit::{Keeper, Wait};
 use crate::resident::{Pace, Resident, Source};
 use crate::{clock, pool, sys, worker};
@@ -117,24 +118,33 @@ struct Generate {
 
 pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     match &arguments.command {
-        Command::Pool { socket, die_with_parent } => {
-            pool::serve(socket, *die_with_parent).context("serving the agent")
-        }
+        Command::Pool {
+            socket,
+            die_with_parent,
+        } => pool::serve(socket, *die_with_parent).context("serving the agent"),
         Command::Worker { socket, worker } => return worker::run(socket, *worker),
-        Command::Inspect { file, json, context, parallel } => inspect(file, *json, *context, *parallel),
+        Command::Inspect {
+            file,
+            json,
+            context,
+            parallel,
+        } => inspect(file, *json, *context, *parallel),
         Command::Tokenize { file, text, prompt } => tokenize(file, text, *prompt),
         Command::Generate(generate) => answer(generate),
     }?;
     Ok(ExitCode::SUCCESS)
 }
 
-fn open(path: &Path) -> Result<(File, Checked)> {
+fn open(path: &Path) -> Result<File> {
     let file = File::open(path).with_context(|| format!("opening {}", path.display()))?;
     if !file.metadata().is_ok_and(|data| data.is_file()) {
         bail!("{} is not a file; give the path of a GGUF file", path.display());
     }
-    let checked = check(&file).with_context(|| format!("{} can't be used", path.display()))?;
-    Ok((file, checked))
+    Ok(file)
+}
+
+fn checked(file: &File, path: &Path) -> Result<Checked> {
+    check(file).with_context(|| format!("{} can't be used", path.display()))
 }
 
 /// The context asked for, or the model's own up to a size that any machine has room for.
@@ -143,8 +153,12 @@ fn context(asked: Option<u32>, checked: &Checked) -> u32 {
 }
 
 fn inspect(path: &Path, json: bool, asked: Option<u32>, parallel: u16) -> Result<()> {
-    let (_, checked) = open(path)?;
-    let size = Size { context_tokens: context(asked, &checked), parallel_sequences: parallel, memory: 0 };
+    let checked = checked(&open(path)?, path)?;
+    let size = Size {
+        context_tokens: context(asked, &checked),
+        parallel_sequences: parallel,
+        memory: 0,
+    };
     let estimate = estimate(&checked.facts, &size)?;
     let supported = gogrid_gguf::supported(&checked.facts).map_err(|error| error.to_string());
     let mut out = std::io::stdout().lock();
@@ -162,17 +176,29 @@ fn inspect(path: &Path, json: bool, asked: Option<u32>, parallel: u16) -> Result
     }
     let facts = &checked.facts;
     let mib = |bytes: u64| format!("{:>10} KiB", bytes.div_ceil(1024));
-    writeln!(out, "name            {}", facts.name.as_deref().unwrap_or("(none)"))?;
+    writeln!(
+        out,
+        "name            {}",
+        facts.name.as_deref().unwrap_or("(none)")
+    )?;
     writeln!(out, "architecture    {}", facts.architecture)?;
     writeln!(out, "quantization    {}", facts.quantization)?;
     writeln!(out, "parameters      {}", facts.parameters)?;
     writeln!(out, "layers          {}", facts.layers)?;
     writeln!(out, "embedding       {}", facts.embedding)?;
     let kv_heads = facts.kv_heads.iter().max().copied().unwrap_or(0);
-    writeln!(out, "heads           {} ({kv_heads} for keys and values)", facts.heads)?;
+    writeln!(
+        out,
+        "heads           {} ({kv_heads} for keys and values)",
+        facts.heads
+    )?;
     writeln!(out, "context         {}", facts.context_length)?;
     writeln!(out, "vocabulary      {}", facts.vocab)?;
-    writeln!(out, "memory at {} tokens of context × {parallel}:", size.context_tokens)?;
+    writeln!(
+        out,
+        "memory at {} tokens of context × {parallel}:",
+        size.context_tokens
+    )?;
     writeln!(out, "  weights     {}", mib(estimate.weights))?;
     writeln!(out, "  cache       {}", mib(estimate.kv_cache))?;
     writeln!(out, "  compute     {}", mib(estimate.compute))?;
@@ -186,9 +212,13 @@ fn inspect(path: &Path, json: bool, asked: Option<u32>, parallel: u16) -> Result
 }
 
 fn tokenize(path: &Path, text: &str, prompt: bool) -> Result<()> {
-    let (_, checked) = open(path)?;
-    let tokenizer = crate::engine::tokenizer::Tokenizer::from_header(&checked.header)?;
-    let tokens = if prompt { tokenizer.prompt(text)? } else { tokenizer.encode(text, false)? };
+    let header = header(&open(path)?).with_context(|| format!("{} can't be used", path.display()))?;
+    let tokenizer = Tokenizer::from_header(&header)?;
+    let tokens = if prompt {
+        tokenizer.prompt(text)?
+    } else {
+        tokenizer.encode(text, false)?
+    };
     let mut out = std::io::stdout().lock();
     for token in tokens {
         writeln!(out, "{token}\t{}", tokenizer.text(token).escape_debug())?;
@@ -202,14 +232,17 @@ fn thousandths(value: f32, name: &str, most: f32) -> Result<u32> {
         bail!("--{name} {value}: give a number from 0 to {most}");
     }
     let text = format!("{value:.3}");
-    text.replace('.', "").parse().map_err(|_| anyhow!("--{name} {value} is not a number"))
+    text.replace('.', "")
+        .parse()
+        .map_err(|_| anyhow!("--{name} {value} is not a number"))
 }
 
 fn answer(arguments: &Generate) -> Result<()> {
     let threads = arguments.threads.map_or_else(cores, usize::from);
     sys::set_environment_before_threads(&crate::compute_environment(threads))
         .context("setting the number of threads")?;
-    let (file, checked) = open(&arguments.file)?;
+    let file = open(&arguments.file)?;
+    let checked = checked(&file, &arguments.file)?;
     let size = Size {
         context_tokens: context(arguments.context, &checked),
         parallel_sequences: arguments.parallel,
@@ -226,7 +259,11 @@ fn answer(arguments: &Generate) -> Result<()> {
     let begun = clock::boottime();
     drop(checked);
     let mut keeper = Keeper::new(Device::Cpu, Resident::Opened(file, size), threads);
-    let whole = Grant { share_permille: 1000, expires_at: u64::MAX, fence_at: u64::MAX };
+    let whole = Grant {
+        share_permille: 1000,
+        expires_at: u64::MAX,
+        fence_at: u64::MAX,
+    };
     keeper.grant(begun, whole);
     let device_is_ours = |wait| anyhow!("the whole device is granted, but got {wait:?}");
     while !run_now(&mut keeper, |device, resident| resident.load(device)).map_err(device_is_ours)?? {}
@@ -239,11 +276,16 @@ fn answer(arguments: &Generate) -> Result<()> {
             if std::io::stdin().is_terminal() {
                 eprintln!("reading the prompt from standard input; end it with Ctrl-D (or use --prompt)");
             }
-            std::io::stdin().read_to_string(&mut text).context("reading the prompt from standard input")?;
+            std::io::stdin()
+                .read_to_string(&mut text)
+                .context("reading the prompt from standard input")?;
             text
         }
     };
-    let message = [Message { role: "user".into(), content: prompt }];
+    let message = [Message {
+        role: "user".into(),
+        content: prompt,
+    }];
     let source = match &message {
         messages if arguments.chat => Source::Messages(messages),
         [message] => Source::Text(&message.content),
@@ -252,14 +294,18 @@ fn answer(arguments: &Generate) -> Result<()> {
     let prompt_tokens = tokens.len();
     let mut batch = Batch::new(usize::from(arguments.parallel));
     for key in 0..u64::from(arguments.parallel) {
-        let sampling = Sampling { seed: sampling.seed.wrapping_add(key), ..sampling.clone() };
+        let sampling = Sampling {
+            seed: sampling.seed.wrapping_add(key),
+            ..sampling.clone()
+        };
         batch.add(key, tokens.clone(), &sampling)?;
     }
     let mut pace = Pace::default();
     let mut out = std::io::stdout().lock();
     let (mut first, mut last_answer) = (None, None);
     while !batch.is_empty() {
-        let events = run_now(&mut keeper, |_, resident| resident.advance(&mut batch, &mut pace)).map_err(device_is_ours)??;
+        let events = run_now(&mut keeper, |_, resident| resident.advance(&mut batch, &mut pace))
+            .map_err(device_is_ours)??;
         for event in events.into_iter().flatten() {
             first.get_or_insert_with(clock::boottime);
             match event {
@@ -282,13 +328,20 @@ fn answer(arguments: &Generate) -> Result<()> {
         let (generated, _) = batch.tokens();
         let later = generated.saturating_sub(u64::from(arguments.parallel));
         eprintln!("load      {} ms", (loaded - begun) / 1_000_000);
-        eprintln!("prompt    {prompt_tokens} tokens, first token after {} ms", (first - loaded) / 1_000_000);
+        eprintln!(
+            "prompt    {prompt_tokens} tokens, first token after {} ms",
+            (first - loaded) / 1_000_000
+        );
         eprintln!(
             "answer    {} tokens of {} sequences, {} tokens/s; the first ended {}",
             generated,
             arguments.parallel,
             later.saturating_mul(1_000_000_000) / (ended - first).max(1),
-            if answer.finish == Finish::Stop { "by itself" } else { "at the limit" },
+            if answer.finish == Finish::Stop {
+                "by itself"
+            } else {
+                "at the limit"
+            },
         );
     }
     Ok(())

@@ -16,7 +16,13 @@ pub(crate) fn settle(limits: &WorkerLimits, memory: u64) -> io::Result<()> {
     // A nice value ranks only inside an autogroup (notes, E2c). The file is missing where autogroups are.
     let _ = std::fs::write("/proc/self/autogroup", limits.niceness.to_string());
     let set = |resource, most| {
-        rustix::process::setrlimit(resource, Rlimit { current: Some(most), maximum: Some(most) })
+        rustix::process::setrlimit(
+            resource,
+            Rlimit {
+                current: Some(most),
+                maximum: Some(most),
+            },
+        )
     };
     set(Resource::Core, 0)?;
     if memory > 0 {
@@ -52,9 +58,13 @@ fn read_back(limits: &WorkerLimits) -> io::Result<Readback> {
     let mut io = IoPriority::Idle;
     let mut count = 0_u32;
     for thread in threads()? {
-        let Some(pid) = Pid::from_raw(thread) else { continue };
-        let (Ok(nice), Ok(number)) = (rustix::process::getpriority_process(Some(pid)), sys::io_priority(thread))
-        else {
+        let Some(pid) = Pid::from_raw(thread) else {
+            continue;
+        };
+        let (Ok(nice), Ok(number)) = (
+            rustix::process::getpriority_process(Some(pid)),
+            sys::io_priority(thread),
+        ) else {
             continue;
         };
         lowest = lowest.min(i8::try_from(nice).unwrap_or(i8::MAX));
@@ -74,7 +84,12 @@ fn read_back(limits: &WorkerLimits) -> io::Result<Readback> {
 fn threads() -> io::Result<Vec<i32>> {
     let mut threads = Vec::new();
     for entry in std::fs::read_dir("/proc/self/task")? {
-        threads.extend(entry?.file_name().to_str().and_then(|name| name.parse::<i32>().ok()));
+        threads.extend(
+            entry?
+                .file_name()
+                .to_str()
+                .and_then(|name| name.parse::<i32>().ok()),
+        );
     }
     Ok(threads)
 }
@@ -124,7 +139,12 @@ mod tests {
 
     #[test]
     fn priorities_read_back_as_they_were_set() {
-        for wanted in [IoPriority::None, IoPriority::BestEffort(0), IoPriority::BestEffort(7), IoPriority::Idle] {
+        for wanted in [
+            IoPriority::None,
+            IoPriority::BestEffort(0),
+            IoPriority::BestEffort(7),
+            IoPriority::Idle,
+        ] {
             assert_eq!(priority(number(wanted)), wanted);
         }
     }
@@ -151,7 +171,10 @@ mod tests {
             let found = sweep(&limits).unwrap();
             assert!(found.threads >= 3, "{found:?}");
             assert!(found.niceness >= 5, "{found:?}");
-            assert_eq!((found.io, found.generation, found.max_batch), (IoPriority::Idle, 9, 4));
+            assert_eq!(
+                (found.io, found.generation, found.max_batch),
+                (IoPriority::Idle, 9, 4)
+            );
             wait.wait();
         });
     }

@@ -21,7 +21,10 @@ use clap::Parser;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).init();
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .init();
     match cli::run(&cli::Arguments::parse()) {
         Ok(code) => code,
         Err(error) => {
@@ -34,5 +37,8 @@ fn main() -> ExitCode {
 /// Variables that candle and rayon read. Candle computes in the calling thread (its own pool spins); rayon's threads
 /// share the work and sleep when there is none.
 pub(crate) fn compute_environment(threads: usize) -> Vec<(&'static str, String)> {
-    vec![("CANDLE_NUM_THREADS", "1".to_owned()), ("RAYON_NUM_THREADS", threads.max(1).to_string())]
+    vec![
+        ("CANDLE_NUM_THREADS", "1".to_owned()),
+        ("RAYON_NUM_THREADS", threads.max(1).to_string()),
+    ]
 }

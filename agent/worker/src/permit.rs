@@ -29,7 +29,13 @@ pub(crate) enum Wait {
 impl<T> Keeper<T> {
     pub(crate) fn new(device: Device, user: T, threads: usize) -> Self {
         let threads = u64::try_from(threads).unwrap_or(1).max(1);
-        Self { device, user, meter: ShareMeter::default(), threads, billed: 0 }
+        Self {
+            device,
+            user,
+            meter: ShareMeter::default(),
+            threads,
+            billed: 0,
+        }
     }
 
     /// Replaces the grant.
@@ -64,7 +70,10 @@ impl<T> Keeper<T> {
     /// The right to use the device for one short step.
     pub(crate) fn acquire(&mut self, now: u64) -> Result<Permit<'_, T>, Wait> {
         self.ready(now)?;
-        Ok(Permit { cpu_before: clock::process_cpu(), keeper: self })
+        Ok(Permit {
+            cpu_before: clock::process_cpu(),
+            keeper: self,
+        })
     }
 
     /// One short step under a permit of its own.
@@ -109,7 +118,11 @@ mod tests {
     use super::*;
 
     fn grant(share_permille: u16) -> Grant {
-        Grant { share_permille, expires_at: u64::MAX, fence_at: u64::MAX }
+        Grant {
+            share_permille,
+            expires_at: u64::MAX,
+            fence_at: u64::MAX,
+        }
     }
 
     #[test]

@@ -44,7 +44,11 @@ pub(crate) fn serve(socket: &Path, die_with_parent: bool) -> io::Result<()> {
         rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
     }
     let (events, inbox) = mpsc::channel();
-    let mut pool = Pool { socket: socket.to_owned(), workers: BTreeMap::new(), events };
+    let mut pool = Pool {
+        socket: socket.to_owned(),
+        workers: BTreeMap::new(),
+        events,
+    };
     let mut pause = FIRST_PAUSE;
     for connection in 0_u64.. {
         match wire::connect(socket, Role::Pool { alive: Vec::new() }) {
@@ -87,9 +91,16 @@ impl Pool {
     }
 
     /// Until the connection ends.
-    fn serve_one(&mut self, connection: u64, sender: &mut Sender, inbox: &mpsc::Receiver<Event>) -> WireError {
+    fn serve_one(
+        &mut self,
+        connection: u64,
+        sender: &mut Sender,
+        inbox: &mpsc::Receiver<Event>,
+    ) -> WireError {
         loop {
-            let Ok(event) = inbox.recv() else { return WireError::Closed };
+            let Ok(event) = inbox.recv() else {
+                return WireError::Closed;
+            };
             let reply = match event {
                 Event::Message(of, message) if of == connection => self.act(message),
                 Event::Lost(of, error) if of == connection => return error,
@@ -107,11 +118,25 @@ impl Pool {
 
     fn act(&mut self, message: ToPool) -> Option<FromPool> {
         match message {
-            ToPool::Spawn { worker, nonce, limits, fence_at, memory_limit } => {
-                let start = Start { nonce, limits, fence_at, memory_limit };
+            ToPool::Spawn {
+                worker,
+                nonce,
+                limits,
+                fence_at,
+                memory_limit,
+            } => {
+                let start = Start {
+                    nonce,
+                    limits,
+                    fence_at,
+                    memory_limit,
+                };
                 Some(match self.spawn(worker, &start) {
                     Ok(pid) => FromPool::Spawned { worker, pid },
-                    Err(error) => FromPool::SpawnFailed { worker, message: error.to_string() },
+                    Err(error) => FromPool::SpawnFailed {
+                        worker,
+                        message: error.to_string(),
+                    },
                 })
             }
             ToPool::Kill { worker } => {
@@ -168,12 +193,15 @@ impl Pool {
             input.write_all(&serde_json::to_vec(start)?)?;
         }
         let events = self.events.clone();
-        std::thread::Builder::new().name("reaper".into()).stack_size(64 << 10).spawn(move || {
-            // Waits without reaping, so that its number stays taken until the owner has seen this.
-            let what = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
-            while let Err(rustix::io::Errno::INTR) = waitid(WaitId::PidFd(descriptor.as_fd()), what) {}
-            let _ = events.send(Event::Ended(worker));
-        })?;
+        std::thread::Builder::new()
+            .name("reaper".into())
+            .stack_size(64 << 10)
+            .spawn(move || {
+                // Waits without reaping, so that its number stays taken until the owner has seen this.
+                let what = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
+                while let Err(rustix::io::Errno::INTR) = waitid(WaitId::PidFd(descriptor.as_fd()), what) {}
+                let _ = events.send(Event::Ended(worker));
+            })?;
         Ok(())
     }
 
@@ -198,7 +226,10 @@ impl Pool {
                 }
                 Ok(Event::Message(..) | Event::Lost(..)) => {}
                 Err(RecvTimeoutError::Timeout) => {
-                    tracing::error!(workers = self.workers.len(), "killed workers do not end; the driver may hang");
+                    tracing::error!(
+                        workers = self.workers.len(),
+                        "killed workers do not end; the driver may hang"
+                    );
                 }
                 Err(RecvTimeoutError::Disconnected) => return,
             }

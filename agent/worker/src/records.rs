@@ -46,12 +46,24 @@ pub(crate) fn parse(line: u64, text: &str, job: &Sampling) -> Result<Record, Inv
         custom_id: None,
         problem: format!("not JSON at column {}: {}", error.column(), kind(&error)),
     })?;
-    let custom_id = value.get("custom_id").and_then(Value::as_str).filter(|id| id.len() <= MAX_ID).map(str::to_owned);
-    read(&value, custom_id.as_deref(), job).map_err(|problem| InvalidRecord { line, custom_id, problem })
+    let custom_id = value
+        .get("custom_id")
+        .and_then(Value::as_str)
+        .filter(|id| id.len() <= MAX_ID)
+        .map(str::to_owned);
+    read(&value, custom_id.as_deref(), job).map_err(|problem| InvalidRecord {
+        line,
+        custom_id,
+        problem,
+    })
 }
 
 fn kind(error: &serde_json::Error) -> &'static str {
-    if error.is_eof() { "the line ends too early" } else { "wrong syntax" }
+    if error.is_eof() {
+        "the line ends too early"
+    } else {
+        "wrong syntax"
+    }
 }
 
 fn read(value: &Value, custom_id: Option<&str>, job: &Sampling) -> Result<Record, String> {
@@ -61,20 +73,37 @@ fn read(value: &Value, custom_id: Option<&str>, job: &Sampling) -> Result<Record
         Some("POST") => {}
         _ => return Err("method must be \"POST\"".into()),
     }
-    let body = record.get("body").and_then(Value::as_object).ok_or("body must be an object")?;
+    let body = record
+        .get("body")
+        .and_then(Value::as_object)
+        .ok_or("body must be an object")?;
     let input = match record.get("url").and_then(Value::as_str) {
         Some(CHAT) => Input::Messages(messages(body)?),
         Some(COMPLETION) => {
-            let prompt = body.get("prompt").and_then(Value::as_str).filter(|prompt| !prompt.is_empty());
-            Input::Prompt(prompt.ok_or("body.prompt must be a text that is not empty")?.to_owned())
+            let prompt = body
+                .get("prompt")
+                .and_then(Value::as_str)
+                .filter(|prompt| !prompt.is_empty());
+            Input::Prompt(
+                prompt
+                    .ok_or("body.prompt must be a text that is not empty")?
+                    .to_owned(),
+            )
         }
         _ => return Err(format!("url must be {CHAT:?} or {COMPLETION:?}")),
     };
-    Ok(Record { custom_id: custom_id.to_owned(), input, sampling: sampling(body, job)? })
+    Ok(Record {
+        custom_id: custom_id.to_owned(),
+        input,
+        sampling: sampling(body, job)?,
+    })
 }
 
 fn messages(body: &Map<String, Value>) -> Result<Vec<Message>, String> {
-    let list = body.get("messages").and_then(Value::as_array).filter(|list| !list.is_empty());
+    let list = body
+        .get("messages")
+        .and_then(Value::as_array)
+        .filter(|list| !list.is_empty());
     let list = list.ok_or("body.messages must be a list that is not empty")?;
     list.iter()
         .enumerate()
@@ -85,12 +114,21 @@ fn messages(body: &Map<String, Value>) -> Result<Vec<Message>, String> {
                 Some(Value::String(text)) => text.clone(),
                 Some(Value::Array(parts)) => parts
                     .iter()
-                    .map(|part| part.get("text").and_then(Value::as_str).filter(|_| part["type"] == "text"))
+                    .map(|part| {
+                        part.get("text")
+                            .and_then(Value::as_str)
+                            .filter(|_| part["type"] == "text")
+                    })
                     .collect::<Option<String>>()
-                    .ok_or_else(|| format!("body.messages[{place}].content may hold parts of type \"text\" only"))?,
+                    .ok_or_else(|| {
+                        format!("body.messages[{place}].content may hold parts of type \"text\" only")
+                    })?,
                 _ => return Err(format!("body.messages[{place}].content must be a text")),
             };
-            Ok(Message { role: role.to_owned(), content })
+            Ok(Message {
+                role: role.to_owned(),
+                content,
+            })
         })
         .collect()
 }
@@ -125,7 +163,8 @@ fn sampling(body: &Map<String, Value>, job: &Sampling) -> Result<Sampling, Strin
             Value::Array(list) => list.iter().map(|text| text.as_str().map(str::to_owned)).collect(),
             _ => None,
         };
-        let fits = |stops: &Vec<String>| stops.len() <= MAX_STOPS && stops.iter().all(|s| s.len() <= MAX_STOP_BYTES);
+        let fits =
+            |stops: &Vec<String>| stops.len() <= MAX_STOPS && stops.iter().all(|s| s.len() <= MAX_STOP_BYTES);
         sampling.stop = stops.filter(fits).ok_or_else(|| {
             format!("body.stop must be a text or a list of at most {MAX_STOPS}, each of at most {MAX_STOP_BYTES} bytes")
         })?;
@@ -147,7 +186,14 @@ mod tests {
     use super::*;
 
     fn job() -> Sampling {
-        Sampling { max_tokens: 100, temperature_milli: 0, top_p_milli: 1000, top_k: 0, seed: 5, stop: vec!["X".into()] }
+        Sampling {
+            max_tokens: 100,
+            temperature_milli: 0,
+            top_p_milli: 1000,
+            top_k: 0,
+            seed: 5,
+            stop: vec!["X".into()],
+        }
     }
 
     fn error(text: &str) -> String {
@@ -161,8 +207,14 @@ mod tests {
             "temperature":0.7,"top_p":0.95,"max_tokens":10,"seed":-1,"stop":"\n","logit_bias":{}}}"#;
         let record = parse(1, text, &job()).unwrap();
         let messages = vec![
-            Message { role: "system".into(), content: "s".into() },
-            Message { role: "user".into(), content: "hi".into() },
+            Message {
+                role: "system".into(),
+                content: "s".into(),
+            },
+            Message {
+                role: "user".into(),
+                content: "hi".into(),
+            },
         ];
         assert_eq!(record.input, Input::Messages(messages));
         let expected = Sampling {
@@ -186,12 +238,19 @@ mod tests {
 
     #[test]
     fn a_wrong_record_is_refused_with_its_line_and_what_is_wrong() {
-        assert_eq!(error("{"), "line 7: not JSON at column 1: the line ends too early");
+        assert_eq!(
+            error("{"),
+            "line 7: not JSON at column 1: the line ends too early"
+        );
         assert_eq!(error("[]"), "line 7: not a JSON object");
         assert!(error(r#"{"custom_id":"a","method":"GET"}"#).contains("method"));
-        assert!(error(r#"{"custom_id":"a","method":"POST","url":"/v1/embeddings","body":{}}"#).contains("url"));
+        assert!(
+            error(r#"{"custom_id":"a","method":"POST","url":"/v1/embeddings","body":{}}"#).contains("url")
+        );
         let with = |body: &str| {
-            error(&format!(r#"{{"custom_id":"a","method":"POST","url":"/v1/completions","body":{{"prompt":"p",{body}}}}}"#))
+            error(&format!(
+                r#"{{"custom_id":"a","method":"POST","url":"/v1/completions","body":{{"prompt":"p",{body}}}}}"#
+            ))
         };
         assert!(with(r#""max_tokens":0"#).contains("max_tokens"));
         assert!(with(r#""temperature":3"#).contains("0 to 2"));

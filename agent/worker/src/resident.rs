@@ -75,8 +75,11 @@ impl Pace {
 
     fn learn(&mut self, nanoseconds: u64, rows: u64) {
         let fresh = nanoseconds / rows.max(1);
-        self.nanos_per_row =
-            if self.nanos_per_row == 0 { fresh } else { (self.nanos_per_row.saturating_mul(3).saturating_add(fresh)) / 4 };
+        self.nanos_per_row = if self.nanos_per_row == 0 {
+            fresh
+        } else {
+            (self.nanos_per_row.saturating_mul(3).saturating_add(fresh)) / 4
+        };
     }
 }
 
@@ -140,15 +143,20 @@ impl Resident {
         };
         match tokens.len() {
             0 => Err(PromptError::Empty),
-            many if many > engine.context() => {
-                Err(PromptError::TooLong { tokens: many, context: engine.context() })
-            }
+            many if many > engine.context() => Err(PromptError::TooLong {
+                tokens: many,
+                context: engine.context(),
+            }),
             _ => Ok(tokens),
         }
     }
 
     /// Goes on with the batch until a step is complete or its slice of time is used.
-    pub(crate) fn advance(&mut self, batch: &mut Batch, pace: &mut Pace) -> Result<Option<Vec<Event>>, EngineError> {
+    pub(crate) fn advance(
+        &mut self,
+        batch: &mut Batch,
+        pace: &mut Pace,
+    ) -> Result<Option<Vec<Event>>, EngineError> {
         let engine = self.engine()?;
         let begun = clock::process_cpu();
         let mut last = begun;

@@ -55,7 +55,11 @@ const USAGE_INTERVAL: u64 = 1_000_000_000;
 const MAX_WAITING: usize = 4096;
 
 /// Reads messages until the agent is gone; then the process ends, whatever the other thread does.
-pub(crate) fn read(mut receiver: Receiver, fence: &crate::sys::Fence, inbox: &mpsc::Sender<Message>) -> WireError {
+pub(crate) fn read(
+    mut receiver: Receiver,
+    fence: &crate::sys::Fence,
+    inbox: &mpsc::Sender<Message>,
+) -> WireError {
     loop {
         let message = match receiver.receive() {
             Ok(message) => message,
@@ -66,7 +70,9 @@ pub(crate) fn read(mut receiver: Receiver, fence: &crate::sys::Fence, inbox: &mp
         {
             return error.into();
         }
-        let descriptor = matches!(message, ToWorker::Load { .. }).then(|| receiver.descriptor()).flatten();
+        let descriptor = matches!(message, ToWorker::Load { .. })
+            .then(|| receiver.descriptor())
+            .flatten();
         if inbox.send((message, descriptor)).is_err() {
             return WireError::Closed;
         }
@@ -163,7 +169,9 @@ impl Session {
             let message = match next {
                 Next::Now => continue,
                 Next::At(at) => {
-                    let left = at.min(now.saturating_add(USAGE_INTERVAL)).saturating_sub(clock::boottime());
+                    let left = at
+                        .min(now.saturating_add(USAGE_INTERVAL))
+                        .saturating_sub(clock::boottime());
                     match inbox.recv_timeout(Duration::from_nanos(left)) {
                         Ok(message) => message,
                         Err(RecvTimeoutError::Timeout) => continue,
@@ -181,16 +189,29 @@ impl Session {
 
     fn take(&mut self, (message, descriptor): Message) -> Result<(), SessionError> {
         match message {
-            ToWorker::Load { device, context_tokens, parallel_sequences, memory, sampling } => {
+            ToWorker::Load {
+                device,
+                context_tokens,
+                parallel_sequences,
+                memory,
+                sampling,
+            } => {
                 if self.job.is_some() {
-                    return Err(SessionError::Protocol("a second model was sent; a worker loads one".into()));
+                    return Err(SessionError::Protocol(
+                        "a second model was sent; a worker loads one".into(),
+                    ));
                 }
                 if device != "cpu" {
                     let text = format!("device {device:?}: this build computes on \"cpu\" only");
                     return Err(EngineError::UnsupportedFeature(text).into());
                 }
-                let file = descriptor.ok_or_else(|| SessionError::Protocol("Load came without a descriptor".into()))?;
-                let size = Size { context_tokens, parallel_sequences: parallel_sequences.max(1), memory };
+                let file = descriptor
+                    .ok_or_else(|| SessionError::Protocol("Load came without a descriptor".into()))?;
+                let size = Size {
+                    context_tokens,
+                    parallel_sequences: parallel_sequences.max(1),
+                    memory,
+                };
                 self.job = Some(sampling);
                 self.keeper.place(Resident::Opened(File::from(file), size));
                 self.batch = Some(Batch::new(usize::from(size.parallel_sequences)));
@@ -199,8 +220,19 @@ impl Session {
                 self.limits = limits;
                 self.apply_limits()?;
             }
-            ToWorker::Grant { fence_at, share_permille, expires_at } => {
-                self.keeper.grant(clock::boottime(), Grant { share_permille, expires_at, fence_at });
+            ToWorker::Grant {
+                fence_at,
+                share_permille,
+                expires_at,
+            } => {
+                self.keeper.grant(
+                    clock::boottime(),
+                    Grant {
+                        share_permille,
+                        expires_at,
+                        fence_at,
+                    },
+                );
             }
             ToWorker::Record { line, text } => self.record(line, &text)?,
             ToWorker::Acknowledge { lines } => {
@@ -214,7 +246,10 @@ impl Session {
     }
 
     fn record(&mut self, line: u64, text: &str) -> Result<(), SessionError> {
-        let job = self.job.as_ref().ok_or_else(|| SessionError::Protocol("a record came before a model".into()))?;
+        let job = self
+            .job
+            .as_ref()
+            .ok_or_else(|| SessionError::Protocol("a record came before a model".into()))?;
         let known = self.begun.contains_key(&line)
             || self.unacknowledged.contains(&line)
             || self.waiting.iter().any(|(waiting, _)| *waiting == line);
@@ -222,7 +257,9 @@ impl Session {
             return Err(SessionError::Protocol(format!("line {line} was sent twice")));
         }
         if self.waiting.len() >= MAX_WAITING {
-            return Err(SessionError::Protocol(format!("more than {MAX_WAITING} records wait")));
+            return Err(SessionError::Protocol(format!(
+                "more than {MAX_WAITING} records wait"
+            )));
         }
         match records::parse(line, text, job) {
             Ok(record) => {
@@ -231,7 +268,10 @@ impl Session {
             }
             Err(invalid) => {
                 let message = invalid.to_string();
-                let outcome = Outcome::Error { code: "InvalidRecord".into(), message };
+                let outcome = Outcome::Error {
+                    code: "InvalidRecord".into(),
+                    message,
+                };
                 self.answer(line, invalid.custom_id, outcome, 0, 0)
             }
         }
@@ -256,7 +296,9 @@ impl Session {
             }
             return Ok(Next::Now);
         }
-        let Some(batch) = &self.batch else { return Ok(Next::Message) };
+        let Some(batch) = &self.batch else {
+            return Ok(Next::Message);
+        };
         let most = usize::from(self.limits.max_batch.max(1));
         let in_step = batch.in_step();
         let mut gate_at = None;
@@ -287,7 +329,9 @@ impl Session {
 
     /// Makes the prompt of the first waiting record and starts it.
     fn begin(&mut self, slot: Slot, now: u64) -> Result<Next, SessionError> {
-        let Some((line, record)) = self.waiting.pop_front() else { return Ok(Next::Now) };
+        let Some((line, record)) = self.waiting.pop_front() else {
+            return Ok(Next::Now);
+        };
         let source = match &record.input {
             Input::Messages(messages) => Source::Messages(messages),
             Input::Prompt(text) => Source::Text(text),
@@ -304,7 +348,10 @@ impl Session {
             Ok(tokens) => tokens,
             Err(PromptError::Engine(error)) => return Err(error.into()),
             Err(error) => {
-                let outcome = Outcome::Error { code: error.code().into(), message: format!("line {line}: {error}") };
+                let outcome = Outcome::Error {
+                    code: error.code().into(),
+                    message: format!("line {line}: {error}"),
+                };
                 self.answer(line, Some(record.custom_id), outcome, 0, 0)?;
                 return Ok(Next::Now);
             }
@@ -321,12 +368,21 @@ impl Session {
             batch.add(line, tokens, &record.sampling)?;
         }
         let completion = matches!(record.input, Input::Prompt(_));
-        self.begun.insert(line, Begun { custom_id: record.custom_id, completion, started_at: at });
+        self.begun.insert(
+            line,
+            Begun {
+                custom_id: record.custom_id,
+                completion,
+                started_at: at,
+            },
+        );
         Ok(Next::Now)
     }
 
     fn advance(&mut self, now: u64) -> Result<Next, SessionError> {
-        let Some(batch) = &mut self.batch else { return Ok(Next::Message) };
+        let Some(batch) = &mut self.batch else {
+            return Ok(Next::Message);
+        };
         let pace = &mut self.pace;
         let events = match self.keeper.run(now, |_, resident| resident.advance(batch, pace)) {
             Ok(events) => events,
@@ -343,15 +399,34 @@ impl Session {
     }
 
     fn finished(&mut self, line: u64, answer: Answer) -> Result<(), SessionError> {
-        let Some(begun) = self.begun.remove(&line) else { return Ok(()) };
+        let Some(begun) = self.begun.remove(&line) else {
+            return Ok(());
+        };
         let batch = answer.batch;
         let outcome = if answer.bytes() > MAX_ANSWER_BYTES {
-            let message =
-                format!("line {line}: the answer has {} bytes, more than {MAX_ANSWER_BYTES}", answer.bytes());
-            Outcome::Error { code: "AnswerTooLong".into(), message }
+            let message = format!(
+                "line {line}: the answer has {} bytes, more than {MAX_ANSWER_BYTES}",
+                answer.bytes()
+            );
+            Outcome::Error {
+                code: "AnswerTooLong".into(),
+                message,
+            }
         } else {
-            let Answer { text, prompt_tokens, completion_tokens, finish, batch: _ } = answer;
-            Outcome::Text { text, prompt_tokens, completion_tokens, finish, completion: begun.completion }
+            let Answer {
+                text,
+                prompt_tokens,
+                completion_tokens,
+                finish,
+                batch: _,
+            } = answer;
+            Outcome::Text {
+                text,
+                prompt_tokens,
+                completion_tokens,
+                finish,
+                completion: begun.completion,
+            }
         };
         self.answer(line, Some(begun.custom_id), outcome, begun.started_at, batch)
     }
@@ -366,7 +441,14 @@ impl Session {
     ) -> Result<(), SessionError> {
         let finished_at = clock::boottime();
         self.unacknowledged.insert(line);
-        let result = RecordResult { line, custom_id, outcome, started_at, finished_at, batch };
+        let result = RecordResult {
+            line,
+            custom_id,
+            outcome,
+            started_at,
+            finished_at,
+            batch,
+        };
         self.sender.send(&FromWorker::Result(result))?;
         Ok(())
     }

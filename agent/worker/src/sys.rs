@@ -21,7 +21,10 @@ pub(crate) fn with_file_bytes<R>(
     use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
     use std::os::unix::fs::FileExt;
     let short = || io::Error::from(io::ErrorKind::UnexpectedEof);
-    if offset.checked_add(length).is_none_or(|end| file.metadata().map_or(true, |data| data.len() < end)) {
+    if offset
+        .checked_add(length)
+        .is_none_or(|end| file.metadata().map_or(true, |data| data.len() < end))
+    {
         return Err(short());
     }
     let length = usize::try_from(length).map_err(|_| short())?;
@@ -46,7 +49,10 @@ pub(crate) fn with_file_bytes<R>(
             offset - u64::try_from(lead).unwrap_or(0),
         )?
     };
-    let guard = Mapping { address, length: mapped };
+    let guard = Mapping {
+        address,
+        length: mapped,
+    };
     // SAFETY: `lead + length` bytes are mapped and live until `guard` is dropped after `look`. The file is a verified,
     // read-only descriptor whose length was just checked; if someone truncates it all the same, the kernel kills this
     // process with SIGBUS, which the pool reports: no other memory is ever read.
@@ -112,11 +118,19 @@ impl Fence {
         let at = at.max(1);
         let part = |value: u64| libc::time_t::try_from(value).map_err(io::Error::other);
         let when = libc::itimerspec {
-            it_interval: libc::timespec { tv_sec: 0, tv_nsec: 0 },
-            it_value: libc::timespec { tv_sec: part(at / 1_000_000_000)?, tv_nsec: part(at % 1_000_000_000)? },
+            it_interval: libc::timespec {
+                tv_sec: 0,
+                tv_nsec: 0,
+            },
+            it_value: libc::timespec {
+                tv_sec: part(at / 1_000_000_000)?,
+                tv_nsec: part(at % 1_000_000_000)?,
+            },
         };
         // SAFETY: the timer lives as long as `self`, `when` is a live itimerspec, and the old value is not asked for.
-        if unsafe { libc::timer_settime(self.0, libc::TIMER_ABSTIME, &raw const when, std::ptr::null_mut()) } == 0 {
+        if unsafe { libc::timer_settime(self.0, libc::TIMER_ABSTIME, &raw const when, std::ptr::null_mut()) }
+            == 0
+        {
             Ok(())
         } else {
             Err(io::Error::last_os_error())
@@ -130,14 +144,22 @@ const IOPRIO_WHO_PROCESS: libc::c_int = 1;
 pub(crate) fn set_io_priority(thread: i32, value: i32) -> io::Result<()> {
     // SAFETY: three integers; the kernel checks them.
     let result = unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, thread, value) };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 /// The kernel's number of a thread's I/O priority.
 pub(crate) fn io_priority(thread: i32) -> io::Result<i32> {
     // SAFETY: two integers; the kernel checks them.
     let result = unsafe { libc::syscall(libc::SYS_ioprio_get, IOPRIO_WHO_PROCESS, thread) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { i32::try_from(result).map_err(io::Error::other) }
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        i32::try_from(result).map_err(io::Error::other)
+    }
 }
 
 /// Makes the child that this command starts end with the *thread* that starts it, and closes to it every descriptor but
@@ -153,7 +175,12 @@ pub(crate) fn tie_to_this_thread(command: &mut std::process::Command) {
         }
         // SAFETY: marks descriptors close-on-exec and touches no memory.
         let closed = unsafe {
-            libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC)
+            libc::syscall(
+                libc::SYS_close_range,
+                3,
+                libc::c_uint::MAX,
+                libc::CLOSE_RANGE_CLOEXEC,
+            )
         };
         if closed != 0 {
             return Err(io::Error::last_os_error());

@@ -36,8 +36,17 @@ pub(crate) fn connect(path: &Path, role: Role) -> Result<(Sender, Receiver), Wir
         return Err(WireError::WrongUser { found, own });
     }
     let mut sender = Sender(stream.try_clone()?);
-    sender.send(&Hello { version: PROTOCOL_VERSION, role })?;
-    Ok((sender, Receiver { stream, descriptors: VecDeque::new() }))
+    sender.send(&Hello {
+        version: PROTOCOL_VERSION,
+        role,
+    })?;
+    Ok((
+        sender,
+        Receiver {
+            stream,
+            descriptors: VecDeque::new(),
+        },
+    ))
 }
 
 /// Sends frames.
@@ -62,7 +71,9 @@ pub(crate) struct Receiver {
 
 impl Receiver {
     /// The next message; waits for it.
-    pub(crate) fn receive<T: DeserializeOwned + for<'de> serde::Deserialize<'de>>(&mut self) -> Result<T, WireError> {
+    pub(crate) fn receive<T: DeserializeOwned + for<'de> serde::Deserialize<'de>>(
+        &mut self,
+    ) -> Result<T, WireError> {
         let mut header = [0; 4];
         self.fill(&mut header)?;
         let mut body = vec![0; body_length(header)?];
@@ -79,8 +90,12 @@ impl Receiver {
         while !into.is_empty() {
             let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
             let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-            let result =
-                recvmsg(&self.stream, &mut [IoSliceMut::new(into)], &mut ancillary, RecvFlags::CMSG_CLOEXEC);
+            let result = recvmsg(
+                &self.stream,
+                &mut [IoSliceMut::new(into)],
+                &mut ancillary,
+                RecvFlags::CMSG_CLOEXEC,
+            );
             let count = match result {
                 Err(rustix::io::Errno::INTR) => continue,
                 result => result.map_err(io::Error::from)?.bytes,

@@ -23,16 +23,27 @@ const MAX_START: u64 = 64 << 10;
 /// Runs one worker until the agent is gone or it can't go on.
 pub(crate) fn run(socket: &Path, worker: WorkerId) -> Result<ExitCode> {
     let mut text = String::new();
-    std::io::stdin().take(MAX_START).read_to_string(&mut text).context("reading the start message")?;
-    let start: Start = serde_json::from_str(&text).context("start message; workers are started by the pool")?;
+    std::io::stdin()
+        .take(MAX_START)
+        .read_to_string(&mut text)
+        .context("reading the start message")?;
+    let start: Start =
+        serde_json::from_str(&text).context("start message; workers are started by the pool")?;
     drop(text);
     let fence = sys::Fence::arm(start.fence_at).context("arming the fence")?;
     limits::settle(&start.limits, start.memory_limit).context("setting the first limits")?;
     let threads = session::threads(start.limits.threads);
-    sys::set_environment_before_threads(&compute_environment(threads)).context("setting the number of threads")?;
-    rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("starting threads")?;
+    sys::set_environment_before_threads(&compute_environment(threads))
+        .context("setting the number of threads")?;
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .build_global()
+        .context("starting threads")?;
 
-    let role = Role::Worker { worker, nonce: start.nonce };
+    let role = Role::Worker {
+        worker,
+        nonce: start.nonce,
+    };
     let (sender, receiver) = wire::connect(socket, role).context("greeting the agent")?;
     let (messages, inbox) = mpsc::channel();
     std::thread::Builder::new().name("agent".into()).spawn(move || {
@@ -53,7 +64,10 @@ pub(crate) fn run(socket: &Path, worker: WorkerId) -> Result<ExitCode> {
             Err(error.into())
         }
         Err(_) => {
-            session.fail("EnginePanic", "the engine panicked; its message is in the worker's log".into());
+            session.fail(
+                "EnginePanic",
+                "the engine panicked; its message is in the worker's log".into(),
+            );
             Ok(ExitCode::from(EXIT_PANIC))
         }
     }

@@ -65,7 +65,14 @@ pub(crate) struct Batch {
 impl Batch {
     /// A batch with this many slots.
     pub(crate) fn new(slots: usize) -> Self {
-        Self { sequences: Vec::new(), free: (0..slots).rev().collect(), pass: None, generated: 0, read: 0, rows: 0 }
+        Self {
+            sequences: Vec::new(),
+            free: (0..slots).rev().collect(),
+            pass: None,
+            generated: 0,
+            read: 0,
+            rows: 0,
+        }
     }
 
     /// Sequences in flight.
@@ -111,7 +118,12 @@ impl Batch {
             last: None,
             generated: 0,
             max_tokens: sampling.max_tokens.max(1),
-            stop: sampling.stop.iter().filter(|text| !text.is_empty()).cloned().collect(),
+            stop: sampling
+                .stop
+                .iter()
+                .filter(|text| !text.is_empty())
+                .cloned()
+                .collect(),
             sampler: Sampler::new(sampling),
             detokenizer: Detokenizer::default(),
             text: String::new(),
@@ -121,17 +133,13 @@ impl Batch {
         Ok(())
     }
 
-    /// Drops a sequence, between steps.
-    pub(crate) fn remove(&mut self, key: Key) {
-        if let Some(place) = self.sequences.iter().position(|sequence| sequence.key == key) {
-            let sequence = self.sequences.remove(place);
-            self.free.push(sequence.slot);
-        }
-    }
-
-    /// Goes on with the step, one layer; begins one when none is under way, with at most `rows` rows (every sequence that
-    /// is past its prompt gets its row, whatever the bound). Returns the events of a completed step.
-    pub(crate) fn advance(&mut self, engine: &mut Engine, rows: usize) -> Result<Option<Vec<Event>>, EngineError> {
+    /// Goes on with the step, one layer; begins one when none is under way, with about `rows` rows (every sequence that
+    /// is past its prompt gets its row, and prompts half of the bound at least). Returns the events of a completed step.
+    pub(crate) fn advance(
+        &mut self,
+        engine: &mut Engine,
+        rows: usize,
+    ) -> Result<Option<Vec<Event>>, EngineError> {
         let mut pass = match self.pass.take() {
             Some(pass) => pass,
             None => {
@@ -147,7 +155,12 @@ impl Batch {
             self.pass = Some(pass);
             return Ok(None);
         }
-        Ok(Some(self.complete(&pass, &engine.tokenizer, engine.model.vocabulary(), engine.cache.context())))
+        Ok(Some(self.complete(
+            &pass,
+            &engine.tokenizer,
+            engine.model.vocabulary(),
+            engine.cache.context(),
+        )))
     }
 
     /// One row for every sequence past its prompt, the rest of the room for prompts in the order they came.
@@ -155,29 +168,52 @@ impl Batch {
         let mut rows = Vec::new();
         for sequence in &self.sequences {
             if let Some(token) = sequence.last {
-                let position = narrow(sequence.prompt.len()).saturating_add(sequence.generated.saturating_sub(1));
-                rows.push(Row { slot: sequence.slot, position, token, scored: true });
+                let position =
+                    narrow(sequence.prompt.len()).saturating_add(sequence.generated.saturating_sub(1));
+                rows.push(Row {
+                    slot: sequence.slot,
+                    position,
+                    token,
+                    scored: true,
+                });
             }
         }
+        // Half of the room stays for prompts however many decode, or a long batch would starve those that wait.
+        let most = most.max(rows.len().saturating_add(most.div_ceil(2).max(1)));
         for sequence in &self.sequences {
-            let room = most.max(1).saturating_sub(rows.len());
+            let room = most.saturating_sub(rows.len());
             let prompt = sequence.prompt.iter().enumerate().skip(sequence.read).take(room);
             for (position, token) in prompt {
                 let scored = position + 1 == sequence.prompt.len();
-                rows.push(Row { slot: sequence.slot, position: narrow(position), token: *token, scored });
+                rows.push(Row {
+                    slot: sequence.slot,
+                    position: narrow(position),
+                    token: *token,
+                    scored,
+                });
             }
         }
         rows
     }
 
-    fn complete(&mut self, pass: &Pass, tokenizer: &Tokenizer, vocabulary: usize, context: usize) -> Vec<Event> {
+    fn complete(
+        &mut self,
+        pass: &Pass,
+        tokenizer: &Tokenizer,
+        vocabulary: usize,
+        context: usize,
+    ) -> Vec<Event> {
         let mut events = Vec::new();
         let mut taking_part: Vec<usize> = pass.rows().iter().map(|row| row.slot).collect();
         taking_part.sort_unstable();
         taking_part.dedup();
         let together = u16::try_from(taking_part.len()).unwrap_or(u16::MAX);
         for row in pass.rows() {
-            if let Some(sequence) = self.sequences.iter_mut().find(|sequence| sequence.slot == row.slot) {
+            if let Some(sequence) = self
+                .sequences
+                .iter_mut()
+                .find(|sequence| sequence.slot == row.slot)
+            {
                 sequence.batch = sequence.batch.max(together);
                 if sequence.last.is_none() {
                     sequence.read += 1;
@@ -187,8 +223,16 @@ impl Batch {
         }
         let scored = pass.rows().iter().filter(|row| row.scored);
         for (row, scores) in scored.zip(pass.scores().chunks(vocabulary.max(1))) {
-            let Some(place) = self.sequences.iter().position(|sequence| sequence.slot == row.slot) else { continue };
-            let Some(sequence) = self.sequences.get_mut(place) else { continue };
+            let Some(place) = self
+                .sequences
+                .iter()
+                .position(|sequence| sequence.slot == row.slot)
+            else {
+                continue;
+            };
+            let Some(sequence) = self.sequences.get_mut(place) else {
+                continue;
+            };
             let token = sequence.sampler.next(scores);
             self.generated += 1;
             match sequence.take(token, tokenizer, context) {
@@ -251,12 +295,19 @@ impl Sequence {
         let held = self
             .stop
             .iter()
-            .flat_map(|stop| stop.char_indices().map(|(at, _)| stop.get(..at).unwrap_or("")).filter(|s| !s.is_empty()))
+            .flat_map(|stop| {
+                stop.char_indices()
+                    .map(|(at, _)| stop.get(..at).unwrap_or(""))
+                    .filter(|s| !s.is_empty())
+            })
             .filter(|start| fresh.ends_with(start))
             .map(str::len)
             .max()
             .unwrap_or(0);
-        let text = fresh.get(..fresh.len().saturating_sub(held)).unwrap_or("").to_owned();
+        let text = fresh
+            .get(..fresh.len().saturating_sub(held))
+            .unwrap_or("")
+            .to_owned();
         self.sent += text.len();
         text
     }
@@ -271,7 +322,9 @@ impl Sequence {
             text: self.text,
         };
         let text = (!rest.is_empty()).then_some(Event::Text(self.key, rest));
-        text.into_iter().chain([Event::Finished(self.key, answer)]).collect()
+        text.into_iter()
+            .chain([Event::Finished(self.key, answer)])
+            .collect()
     }
 }
 

@@ -20,7 +20,11 @@ pub(crate) enum EngineError {
     #[error("tensor {tensor} is missing")]
     MissingTensor { tensor: String },
     #[error("tensor {tensor} has shape {found:?}, expected {expected:?}")]
-    TensorShape { tensor: String, expected: Vec<u64>, found: Vec<u64> },
+    TensorShape {
+        tensor: String,
+        expected: Vec<u64>,
+        found: Vec<u64>,
+    },
     #[error("tensor {tensor} has type {kind}, which can't be used there")]
     TensorType { tensor: String, kind: &'static str },
     #[error("tensor {tensor} is no part of a {architecture} decoder")]
@@ -48,14 +52,22 @@ impl EngineError {
             Self::Gguf(GgufError::NotGguf { .. }) => "NotGguf",
             Self::Gguf(GgufError::Truncated { .. } | GgufError::OutsideFile { .. }) => "TruncatedModel",
             Self::Unsupported(UnsupportedModel::Architecture { .. }) => "UnsupportedArchitecture",
-            Self::Unsupported(UnsupportedModel::TensorType { .. }) | Self::TensorType { .. } => "UnsupportedTensorType",
+            Self::Unsupported(UnsupportedModel::TensorType { .. }) | Self::TensorType { .. } => {
+                "UnsupportedTensorType"
+            }
             Self::Unsupported(_) | Self::UnsupportedFeature(_) => "UnsupportedModel",
             Self::Tokenizer(error) => error.reason(),
             Self::OutOfMemory { .. } | Self::Allocation { .. } => "OutOfMemory",
             Self::Io(_) => "ModelUnreadable",
             Self::Kernel(_) | Self::Internal(_) => "EngineFailed",
-            Self::Gguf(_) | Self::Field(_) | Self::Facts(_) | Self::Estimate(_) | Self::MissingTensor { .. }
-            | Self::TensorShape { .. } | Self::UnknownTensor { .. } | Self::Template(_) => "InvalidModel",
+            Self::Gguf(_)
+            | Self::Field(_)
+            | Self::Facts(_)
+            | Self::Estimate(_)
+            | Self::MissingTensor { .. }
+            | Self::TensorShape { .. }
+            | Self::UnknownTensor { .. }
+            | Self::Template(_) => "InvalidModel",
         }
     }
 }

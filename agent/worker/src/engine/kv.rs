@@ -26,17 +26,31 @@ impl KvCache {
         width: usize,
     ) -> Result<Self, EngineError> {
         let overflow = EngineError::Internal("cache size");
-        let size = [slots, heads, context, width].into_iter().try_fold(1_usize, usize::checked_mul).ok_or(overflow)?;
-        let mut cache = Self { layers: Vec::with_capacity(layers), heads, context, width };
+        let size = [slots, heads, context, width]
+            .into_iter()
+            .try_fold(1_usize, usize::checked_mul)
+            .ok_or(overflow)?;
+        let mut cache = Self {
+            layers: Vec::with_capacity(layers),
+            heads,
+            context,
+            width,
+        };
         for _ in 0..layers {
-            cache.layers.push(LayerCache { keys: zeros(size)?, values: zeros(size)? });
+            cache.layers.push(LayerCache {
+                keys: zeros(size)?,
+                values: zeros(size)?,
+            });
         }
         Ok(cache)
     }
 
     /// Bytes held.
     pub(crate) fn bytes(&self) -> u64 {
-        self.layers.iter().map(|layer| wide(layer.keys.len() + layer.values.len()).saturating_mul(4)).sum()
+        self.layers
+            .iter()
+            .map(|layer| wide(layer.keys.len() + layer.values.len()).saturating_mul(4))
+            .sum()
     }
 
     /// Positions of one sequence.
@@ -80,7 +94,10 @@ impl KvCache {
         let start = self.head_start(slot, head);
         let range = start..start + count.min(self.context) * self.width;
         self.layers.get(layer).map_or((&[], &[]), |layer| {
-            (layer.keys.get(range.clone()).unwrap_or(&[]), layer.values.get(range).unwrap_or(&[]))
+            (
+                layer.keys.get(range.clone()).unwrap_or(&[]),
+                layer.values.get(range).unwrap_or(&[]),
+            )
         })
     }
 }
@@ -89,7 +106,12 @@ impl KvCache {
 fn zeros(size: usize) -> Result<Vec<f32>, EngineError> {
     let mut values = Vec::new();
     let bytes = wide(size).saturating_mul(4);
-    values.try_reserve_exact(size).map_err(|_| EngineError::Allocation { what: "key/value cache", bytes })?;
+    values
+        .try_reserve_exact(size)
+        .map_err(|_| EngineError::Allocation {
+            what: "key/value cache",
+            bytes,
+        })?;
     values.resize(size, 0.0);
     Ok(values)
 }
@@ -101,7 +123,9 @@ mod tests {
     #[test]
     fn positions_of_one_head_are_contiguous_and_slots_do_not_touch() {
         let mut cache = KvCache::new(1, 2, 2, 3, 2).unwrap();
-        cache.store(0, 1, 0, &[1.0, 2.0, 3.0, 4.0], &[5.0, 6.0, 7.0, 8.0]).unwrap();
+        cache
+            .store(0, 1, 0, &[1.0, 2.0, 3.0, 4.0], &[5.0, 6.0, 7.0, 8.0])
+            .unwrap();
         cache.store(0, 1, 1, &[9.0, 10.0, 11.0, 12.0], &[0.0; 4]).unwrap();
         assert_eq!(cache.head(0, 1, 1, 2).0, &[3.0, 4.0, 11.0, 12.0]);
         assert_eq!(cache.head(0, 1, 0, 1).1, &[5.0, 6.0]);

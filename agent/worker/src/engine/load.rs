@@ -10,7 +10,9 @@ use super::model::{Layer, Model, Shape};
 use crate::num::{float, index};
 use crate::sys;
 use candle_core::Device;
-use gogrid_gguf::{Backend, Demand, Estimate, Facts, Header, KvType, Limits, TensorInfo, parse_from, supported};
+use gogrid_gguf::{
+    Backend, Demand, Estimate, Facts, Header, KvType, Limits, TensorInfo, parse_from, supported,
+};
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
@@ -31,12 +33,17 @@ pub(crate) struct Checked {
 }
 
 /// Reads and checks the header; nothing else of the file is touched.
-pub(crate) fn check(mut file: &File) -> Result<Checked, EngineError> {
-    let length = file.metadata()?.len();
-    file.seek(SeekFrom::Start(0))?;
-    let header = parse_from(&mut file, length, &Limits::default())?;
+pub(crate) fn check(file: &File) -> Result<Checked, EngineError> {
+    let header = header(file)?;
     let facts = Facts::from_header(&header)?;
     Ok(Checked { header, facts })
+}
+
+/// Reads the header alone; the file may hold a vocabulary and no model.
+pub(crate) fn header(mut file: &File) -> Result<Header, EngineError> {
+    let length = file.metadata()?.len();
+    file.seek(SeekFrom::Start(0))?;
+    Ok(parse_from(&mut file, length, &Limits::default())?)
 }
 
 /// What the model takes in this engine.
@@ -68,7 +75,10 @@ impl Loader {
         supported(facts)?;
         let estimate = estimate(facts, &size)?;
         if size.memory > 0 && estimate.total > size.memory {
-            return Err(EngineError::OutOfMemory { needed: estimate.total, limit: size.memory });
+            return Err(EngineError::OutOfMemory {
+                needed: estimate.total,
+                limit: size.memory,
+            });
         }
         let wanted = wanted(header, facts)?;
         let mut todo = VecDeque::with_capacity(header.tensors.len());
@@ -78,7 +88,10 @@ impl Loader {
                     continue;
                 }
                 let architecture = facts.architecture.clone();
-                return Err(EngineError::UnknownTensor { tensor: tensor.name.clone(), architecture });
+                return Err(EngineError::UnknownTensor {
+                    tensor: tensor.name.clone(),
+                    architecture,
+                });
             };
             if tensor.shape != *expected {
                 return Err(EngineError::TensorShape {
@@ -105,22 +118,32 @@ impl Loader {
             rope: Vec::new(),
         };
         let facts = facts.clone();
-        let mut loader =
-            Self { file, facts, shape, size, todo, matrices: BTreeMap::new(), vectors: BTreeMap::new() };
+        let mut loader = Self {
+            file,
+            facts,
+            shape,
+            size,
+            todo,
+            matrices: BTreeMap::new(),
+            vectors: BTreeMap::new(),
+        };
         loader.shape.rope = rope(header, &loader.facts)?;
         Ok(loader)
     }
 
     /// Loads the next tensor; false when none is left.
     pub(crate) fn step(&mut self, device: &Device) -> Result<bool, EngineError> {
-        let Some(tensor) = self.todo.pop_front() else { return Ok(false) };
+        let Some(tensor) = self.todo.pop_front() else {
+            return Ok(false);
+        };
         sys::with_file_bytes(&self.file, tensor.offset, tensor.bytes, |bytes| {
             match tensor.shape.as_slice() {
                 [_] => {
                     let values = floats(tensor.kind, bytes).map_err(|error| match error {
-                        EngineError::TensorType { kind, .. } => {
-                            EngineError::TensorType { tensor: tensor.name.clone(), kind }
-                        }
+                        EngineError::TensorType { kind, .. } => EngineError::TensorType {
+                            tensor: tensor.name.clone(),
+                            kind,
+                        },
                         other => other,
                     })?;
                     self.vectors.insert(tensor.name.clone(), values);
@@ -128,9 +151,10 @@ impl Loader {
                 [inputs, outputs] => {
                     let loaded = Matrix::load(device, tensor.kind, *outputs, *inputs, bytes);
                     let matrix = loaded.map_err(|error| match error {
-                        EngineError::TensorType { kind, .. } => {
-                            EngineError::TensorType { tensor: tensor.name.clone(), kind }
-                        }
+                        EngineError::TensorType { kind, .. } => EngineError::TensorType {
+                            tensor: tensor.name.clone(),
+                            kind,
+                        },
                         other => other,
                     })?;
                     self.matrices.insert(tensor.name.clone(), matrix);
@@ -184,17 +208,24 @@ impl Loader {
         )?;
         let taken = model.bytes().saturating_add(cache.bytes());
         if self.size.memory > 0 && taken > self.size.memory {
-            return Err(EngineError::OutOfMemory { needed: taken, limit: self.size.memory });
+            return Err(EngineError::OutOfMemory {
+                needed: taken,
+                limit: self.size.memory,
+            });
         }
         Ok((model, cache))
     }
 
     fn matrix(&mut self, name: &str) -> Result<Matrix, EngineError> {
-        self.matrices.remove(name).ok_or_else(|| EngineError::MissingTensor { tensor: name.into() })
+        self.matrices
+            .remove(name)
+            .ok_or_else(|| EngineError::MissingTensor { tensor: name.into() })
     }
 
     fn vector(&mut self, name: &str) -> Result<Vec<f32>, EngineError> {
-        self.vectors.remove(name).ok_or_else(|| EngineError::MissingTensor { tensor: name.into() })
+        self.vectors
+            .remove(name)
+            .ok_or_else(|| EngineError::MissingTensor { tensor: name.into() })
     }
 }
 
@@ -208,10 +239,15 @@ fn wanted(header: &Header, facts: &Facts) -> Result<BTreeMap<String, Vec<u64>>, 
     let unsupported = |text: String| Err(EngineError::UnsupportedFeature(text));
     let kv_heads = facts.kv_heads.first().copied().unwrap_or(0);
     if facts.kv_heads.iter().any(|heads| *heads != kv_heads) {
-        return unsupported("llama.attention.head_count_kv differs between layers; this engine wants one number".into());
+        return unsupported(
+            "llama.attention.head_count_kv differs between layers; this engine wants one number".into(),
+        );
     }
     if kv_heads == 0 || !facts.heads.is_multiple_of(kv_heads) {
-        return unsupported(format!("{} heads can't share {kv_heads} key/value heads evenly", facts.heads));
+        return unsupported(format!(
+            "{} heads can't share {kv_heads} key/value heads evenly",
+            facts.heads
+        ));
     }
     if facts.key_length != facts.value_length {
         return unsupported(format!(
@@ -223,7 +259,9 @@ fn wanted(header: &Header, facts: &Facts) -> Result<BTreeMap<String, Vec<u64>>, 
         if let Ok([first, rest @ ..]) = header.u32s(key).as_deref()
             && rest.iter().any(|value| value != first)
         {
-            return unsupported(format!("{key} differs between layers; this engine wants one number"));
+            return unsupported(format!(
+                "{key} differs between layers; this engine wants one number"
+            ));
         }
     }
     let [embedding, forward, vocabulary] = [facts.embedding, facts.feed_forward, facts.vocab].map(u64::from);
@@ -272,7 +310,9 @@ fn rope(header: &Header, facts: &Facts) -> Result<Vec<f32>, EngineError> {
     let width = rope_width(header, facts)?;
     let base = header.f32_or("llama.rope.freq_base", 10_000.0)?;
     if !base.is_finite() || base <= 0.0 {
-        return Err(EngineError::UnsupportedFeature(format!("llama.rope.freq_base is {base}; it must be above 0")));
+        return Err(EngineError::UnsupportedFeature(format!(
+            "llama.rope.freq_base is {base}; it must be above 0"
+        )));
     }
     let kind = header.str_opt("llama.rope.scaling.type")?.unwrap_or("none");
     let factor = match kind {
@@ -285,7 +325,9 @@ fn rope(header: &Header, facts: &Facts) -> Result<Vec<f32>, EngineError> {
         }
     };
     if !factor.is_finite() || factor <= 0.0 {
-        return Err(EngineError::UnsupportedFeature(format!("RoPE scaling factor {factor}; it must be above 0")));
+        return Err(EngineError::UnsupportedFeature(format!(
+            "RoPE scaling factor {factor}; it must be above 0"
+        )));
     }
     let turns = (0..width / 2).map(|pair| base.powf(-2.0 * float(pair) / float(width)) / factor);
     Ok(turns.collect())

@@ -61,12 +61,21 @@ impl Matrix {
                     reserve(bytes.len())?;
                     match QStorage::from_data(Cow::Borrowed(bytes), device, dtype)? {
                         QStorage::Cpu(store) => Store::Quantized(store),
-                        _ => return Err(EngineError::UnsupportedFeature("this build computes on the CPU only".into())),
+                        _ => {
+                            return Err(EngineError::UnsupportedFeature(
+                                "this build computes on the CPU only".into(),
+                            ));
+                        }
                     }
                 }
             });
         }
-        Ok(Self { outputs, inputs, shard, shards })
+        Ok(Self {
+            outputs,
+            inputs,
+            shard,
+            shards,
+        })
     }
 
     /// Bytes held.
@@ -99,7 +108,9 @@ impl Matrix {
             Store::Quantized(store) => {
                 let rows = self.shard.min(self.outputs - shard * self.shard);
                 match store.embedding(&[u32::try_from(within).unwrap_or(0)], rows, self.inputs)? {
-                    CpuStorage::F32(values) => into.copy_from_slice(values.get(..self.inputs).ok_or_else(outside)?),
+                    CpuStorage::F32(values) => {
+                        into.copy_from_slice(values.get(..self.inputs).ok_or_else(outside)?)
+                    }
                     _ => return Err(EngineError::Internal("embedding type")),
                 }
             }
@@ -115,11 +126,15 @@ impl Matrix {
         }
         let work = rows.len().saturating_mul(self.outputs);
         if count == 1 {
-            return self.each(work, into, self.shard, |store, out| self.product(store, rows, 1, out));
+            return self.each(work, into, self.shard, |store, out| {
+                self.product(store, rows, 1, out)
+            });
         }
         // Shard by shard, so that every task owns one contiguous piece; put in place afterwards.
         let mut pieces = vec![0.0_f32; into.len()];
-        self.each(work, &mut pieces, self.shard * count, |store, out| self.product(store, rows, count, out))?;
+        self.each(work, &mut pieces, self.shard * count, |store, out| {
+            self.product(store, rows, count, out)
+        })?;
         for (shard, piece) in pieces.chunks(self.shard * count).enumerate() {
             let width = piece.len() / count;
             let first = shard * self.shard;
@@ -140,9 +155,15 @@ impl Matrix {
         run: impl Fn(&Store, &mut [f32]) -> Result<(), EngineError> + Sync,
     ) -> Result<(), EngineError> {
         if work < PARALLEL_FROM {
-            self.shards.iter().zip(into.chunks_mut(piece)).try_for_each(|(store, out)| run(store, out))
+            self.shards
+                .iter()
+                .zip(into.chunks_mut(piece))
+                .try_for_each(|(store, out)| run(store, out))
         } else {
-            self.shards.par_iter().zip(into.par_chunks_mut(piece)).try_for_each(|(store, out)| run(store, out))
+            self.shards
+                .par_iter()
+                .zip(into.par_chunks_mut(piece))
+                .try_for_each(|(store, out)| run(store, out))
         }
     }
 
@@ -177,7 +198,10 @@ pub(crate) fn for_each<T: Send>(tasks: &mut [T], work: usize, run: impl Fn(&mut 
 fn reserve(bytes: usize) -> Result<(), EngineError> {
     Vec::<u8>::new()
         .try_reserve_exact(bytes)
-        .map_err(|_| EngineError::Allocation { what: "weights", bytes: wide(bytes) })
+        .map_err(|_| EngineError::Allocation {
+            what: "weights",
+            bytes: wide(bytes),
+        })
 }
 
 const LANES: usize = 16;
@@ -205,16 +229,36 @@ pub(crate) fn floats(kind: TensorType, bytes: &[u8]) -> Result<Vec<f32>, EngineE
     let mut values = Vec::new();
     values
         .try_reserve_exact(count)
-        .map_err(|_| EngineError::Allocation { what: "weights", bytes: wide(count).saturating_mul(4) })?;
+        .map_err(|_| EngineError::Allocation {
+            what: "weights",
+            bytes: wide(count).saturating_mul(4),
+        })?;
     match kind {
         TensorType::F32 => values.extend(bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b))),
         TensorType::F16 => {
-            values.extend(bytes.as_chunks::<2>().0.iter().map(|b| half::f16::from_le_bytes(*b).to_f32()));
+            values.extend(
+                bytes
+                    .as_chunks::<2>()
+                    .0
+                    .iter()
+                    .map(|b| half::f16::from_le_bytes(*b).to_f32()),
+            );
         }
         TensorType::Bf16 => {
-            values.extend(bytes.as_chunks::<2>().0.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32()));
+            values.extend(
+                bytes
+                    .as_chunks::<2>()
+                    .0
+                    .iter()
+                    .map(|b| half::bf16::from_le_bytes(*b).to_f32()),
+            );
         }
-        _ => return Err(EngineError::TensorType { tensor: "1-dimensional".into(), kind: kind.name() }),
+        _ => {
+            return Err(EngineError::TensorType {
+                tensor: "1-dimensional".into(),
+                kind: kind.name(),
+            });
+        }
     }
     Ok(values)
 }

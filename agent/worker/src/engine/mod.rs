@@ -53,7 +53,9 @@ impl Words {
 }
 
 fn template(header: &Header, tokenizer: &Tokenizer) -> Result<Option<Template>, EngineError> {
-    let Some(source) = header.str_opt("tokenizer.chat_template")? else { return Ok(None) };
+    let Some(source) = header.str_opt("tokenizer.chat_template")? else {
+        return Ok(None);
+    };
     let text = |token: Option<u32>| token.map_or("", |token| tokenizer.text(token)).to_owned();
     let template = Template::new(source, text(tokenizer.bos), text(tokenizer.eos))
         .map_err(|error| EngineError::Template(error.to_string()))?;
@@ -65,7 +67,12 @@ impl Engine {
     pub(crate) fn new(loader: Loader, words: Words) -> Result<Self, EngineError> {
         let (model, cache) = loader.finish()?;
         let Words { tokenizer, template } = words;
-        Ok(Self { model, cache, tokenizer, template })
+        Ok(Self {
+            model,
+            cache,
+            tokenizer,
+            template,
+        })
     }
 
     /// Bytes of weights and caches.

@@ -100,7 +100,17 @@ impl Model {
         let layers: u64 = self
             .layers
             .iter()
-            .flat_map(|l| [&l.query, &l.key, &l.value, &l.attention_output, &l.gate, &l.up, &l.down])
+            .flat_map(|l| {
+                [
+                    &l.query,
+                    &l.key,
+                    &l.value,
+                    &l.attention_output,
+                    &l.gate,
+                    &l.up,
+                    &l.down,
+                ]
+            })
             .map(Matrix::bytes)
             .sum();
         layers + self.embeddings.bytes() + self.output.as_ref().map_or(0, Matrix::bytes)
@@ -119,7 +129,15 @@ impl Model {
                 (cos, sin)
             }));
         }
-        Ok(Pass { rows, turns, hidden, next_layer: 0, scores: Vec::new(), scratch: Scratch::default(), done: false })
+        Ok(Pass {
+            rows,
+            turns,
+            hidden,
+            next_layer: 0,
+            scores: Vec::new(),
+            scratch: Scratch::default(),
+            done: false,
+        })
     }
 
     /// Computes one more layer, or the scores after the last; true when the step is complete.
@@ -143,23 +161,40 @@ impl Model {
 
     fn attention(&self, layer: &Layer, pass: &mut Pass, cache: &mut KvCache) -> Result<(), EngineError> {
         let shape = &self.shape;
-        let Pass { rows, turns, hidden, scratch, next_layer, .. } = pass;
+        let Pass {
+            rows,
+            turns,
+            hidden,
+            scratch,
+            next_layer,
+            ..
+        } = pass;
         let count = rows.len();
         self.normalise(hidden, &layer.attention_norm, &mut scratch.normed);
         let kv_width = shape.kv_heads * shape.head_width;
         let query_width = shape.heads * shape.head_width;
-        layer.query.multiply(&scratch.normed, sized(&mut scratch.query, count * query_width))?;
-        layer.key.multiply(&scratch.normed, sized(&mut scratch.key, count * kv_width))?;
-        layer.value.multiply(&scratch.normed, sized(&mut scratch.value, count * kv_width))?;
+        layer
+            .query
+            .multiply(&scratch.normed, sized(&mut scratch.query, count * query_width))?;
+        layer
+            .key
+            .multiply(&scratch.normed, sized(&mut scratch.key, count * kv_width))?;
+        layer
+            .value
+            .multiply(&scratch.normed, sized(&mut scratch.value, count * kv_width))?;
         for (row, turns) in turns.chunks(shape.rope.len().max(1)).enumerate().take(count) {
             for (values, width) in [(&mut scratch.query, query_width), (&mut scratch.key, kv_width)] {
                 if let Some(heads) = values.get_mut(row * width..(row + 1) * width) {
-                    heads.chunks_mut(shape.head_width).for_each(|head| rotate(head, turns));
+                    heads
+                        .chunks_mut(shape.head_width)
+                        .for_each(|head| rotate(head, turns));
                 }
             }
         }
-        for ((row, key), value) in
-            rows.iter().zip(scratch.key.chunks(kv_width)).zip(scratch.value.chunks(kv_width))
+        for ((row, key), value) in rows
+            .iter()
+            .zip(scratch.key.chunks(kv_width))
+            .zip(scratch.value.chunks(kv_width))
         {
             cache.store(*next_layer, row.slot, index(row.position), key, value)?;
         }
@@ -177,9 +212,18 @@ impl Model {
         let width = shape.head_width;
         let group = shape.heads / shape.kv_heads.max(1);
         let scale = 1.0 / float(u32::try_from(width).unwrap_or(1)).sqrt();
-        let heads = rows.iter().flat_map(|row| (0..shape.heads).map(move |head| (row, head)));
-        let mut tasks: Vec<_> = attended.chunks_mut(width).zip(query.chunks(width)).zip(heads).collect();
-        let work: usize = rows.iter().map(|row| (index(row.position) + 1) * shape.heads * width * 2).sum();
+        let heads = rows
+            .iter()
+            .flat_map(|row| (0..shape.heads).map(move |head| (row, head)));
+        let mut tasks: Vec<_> = attended
+            .chunks_mut(width)
+            .zip(query.chunks(width))
+            .zip(heads)
+            .collect();
+        let work: usize = rows
+            .iter()
+            .map(|row| (index(row.position) + 1) * shape.heads * width * 2)
+            .sum();
         for_each(&mut tasks, work, |((out, query), (row, head))| {
             let count = index(row.position) + 1;
             let (keys, values) = cache.head(layer, row.slot, *head / group.max(1), count);
@@ -195,11 +239,20 @@ impl Model {
     }
 
     fn feed_forward(&self, layer: &Layer, pass: &mut Pass) -> Result<(), EngineError> {
-        let Pass { rows, hidden, scratch, .. } = pass;
+        let Pass {
+            rows,
+            hidden,
+            scratch,
+            ..
+        } = pass;
         let (count, width) = (rows.len(), self.shape.feed_forward);
         self.normalise(hidden, &layer.feed_forward_norm, &mut scratch.normed);
-        layer.gate.multiply(&scratch.normed, sized(&mut scratch.gate, count * width))?;
-        layer.up.multiply(&scratch.normed, sized(&mut scratch.up, count * width))?;
+        layer
+            .gate
+            .multiply(&scratch.normed, sized(&mut scratch.gate, count * width))?;
+        layer
+            .up
+            .multiply(&scratch.normed, sized(&mut scratch.up, count * width))?;
         for (gate, up) in scratch.gate.iter_mut().zip(&scratch.up) {
             *gate = *gate / (1.0 + (-*gate).exp()) * up;
         }

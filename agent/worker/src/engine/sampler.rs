@@ -28,15 +28,22 @@ impl Sampler {
         if self.temperature <= 0.0 || self.top_k == 1 {
             return greedy(scores);
         }
-        let mut candidates: Vec<(u32, f32)> =
-            scores.iter().enumerate().filter(|(_, score)| !score.is_nan()).map(|(id, score)| (narrow(id), *score)).collect();
+        let mut candidates: Vec<(u32, f32)> = scores
+            .iter()
+            .enumerate()
+            .filter(|(_, score)| !score.is_nan())
+            .map(|(id, score)| (narrow(id), *score))
+            .collect();
         let order = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
         if self.top_k > 0 && self.top_k < candidates.len() {
             candidates.select_nth_unstable_by(self.top_k, order);
             candidates.truncate(self.top_k);
         }
         candidates.sort_unstable_by(order);
-        let mut weights: Vec<f32> = candidates.iter().map(|(_, score)| score / self.temperature).collect();
+        let mut weights: Vec<f32> = candidates
+            .iter()
+            .map(|(_, score)| score / self.temperature)
+            .collect();
         softmax(&mut weights);
         let mut kept = 0.0;
         let mut count = 0;
@@ -54,7 +61,9 @@ impl Sampler {
                 return *id;
             }
         }
-        candidates.get(count.saturating_sub(1)).map_or_else(|| greedy(scores), |(id, _)| *id)
+        candidates
+            .get(count.saturating_sub(1))
+            .map_or_else(|| greedy(scores), |(id, _)| *id)
     }
 }
 
@@ -92,7 +101,14 @@ mod tests {
     use super::*;
 
     fn sampling(temperature_milli: u32, top_p_milli: u32, top_k: u32, seed: u64) -> Sampling {
-        Sampling { max_tokens: 1, temperature_milli, top_p_milli, top_k, seed, stop: Vec::new() }
+        Sampling {
+            max_tokens: 1,
+            temperature_milli,
+            top_p_milli,
+            top_k,
+            seed,
+            stop: Vec::new(),
+        }
     }
 
     #[test]

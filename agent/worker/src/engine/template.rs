@@ -51,7 +51,11 @@ impl Template {
         environment.add_filter("tojson", tojson);
         environment.set_unknown_method_callback(method);
         environment.add_template_owned(NAME, source.to_owned())?;
-        Ok(Self { environment, bos, eos })
+        Ok(Self {
+            environment,
+            bos,
+            eos,
+        })
     }
 
     /// The prompt of a conversation, ending where the answer begins.
@@ -61,8 +65,9 @@ impl Template {
         let values = context! {
             messages, add_generation_prompt => true, bos_token => self.bos, eos_token => self.eos
         };
-        template.render_to_write(values, &mut output)?;
-        String::from_utf8(output.0).map_err(|_| Error::new(ErrorKind::BadSerialization, "output is not UTF-8"))
+        template.render_captured_to(values, &mut output)?;
+        String::from_utf8(output.0)
+            .map_err(|_| Error::new(ErrorKind::BadSerialization, "output is not UTF-8"))
     }
 }
 
@@ -72,7 +77,9 @@ struct Bounded(Vec<u8>);
 impl Write for Bounded {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
         if self.0.len().saturating_add(bytes.len()) > MAX_OUTPUT {
-            return Err(std::io::Error::other(format!("output exceeds {MAX_OUTPUT} bytes")));
+            return Err(std::io::Error::other(format!(
+                "output exceeds {MAX_OUTPUT} bytes"
+            )));
         }
         self.0.extend_from_slice(bytes);
         Ok(bytes.len())
@@ -97,12 +104,16 @@ fn tojson(value: &Value, options: Kwargs) -> Result<String, Error> {
             let indent = " ".repeat(indent.min(8));
             let mut out = Vec::new();
             let formatter = serde_json::ser::PrettyFormatter::with_indent(indent.as_bytes());
-            value.serialize(&mut serde_json::Serializer::with_formatter(&mut out, formatter)).map_err(bad)?;
+            value
+                .serialize(&mut serde_json::Serializer::with_formatter(&mut out, formatter))
+                .map_err(bad)?;
             Ok(String::from_utf8_lossy(&out).into_owned())
         }
         None => {
             let mut out = Vec::new();
-            value.serialize(&mut serde_json::Serializer::with_formatter(&mut out, Spaced)).map_err(bad)?;
+            value
+                .serialize(&mut serde_json::Serializer::with_formatter(&mut out, Spaced))
+                .map_err(bad)?;
             Ok(String::from_utf8_lossy(&out).into_owned())
         }
     }
@@ -131,12 +142,18 @@ fn method(_: &State, value: &Value, name: &str, arguments: &[Value]) -> Result<V
     let text_argument = |place: usize| arguments.get(place).and_then(Value::as_str);
     if let Some(text) = value.as_str() {
         let letters: Option<Vec<char>> = text_argument(0).map(|set| set.chars().collect());
-        let strip = |c: char| letters.as_ref().map_or_else(|| c.is_whitespace(), |set| set.contains(&c));
+        let strip = |c: char| {
+            letters
+                .as_ref()
+                .map_or_else(|| c.is_whitespace(), |set| set.contains(&c))
+        };
         let found = |test: &dyn Fn(&str) -> bool| -> Result<Value, Error> {
             let first = arguments.first().ok_or_else(unknown)?;
             match first.as_str() {
                 Some(one) => Ok(Value::from(test(one))),
-                None => Ok(Value::from(first.try_iter()?.any(|one| one.as_str().is_some_and(test)))),
+                None => Ok(Value::from(
+                    first.try_iter()?.any(|one| one.as_str().is_some_and(test)),
+                )),
             }
         };
         return match name {
@@ -158,12 +175,18 @@ fn method(_: &State, value: &Value, name: &str, arguments: &[Value]) -> Result<V
             "find" => {
                 let at = text.find(text_argument(0).ok_or_else(unknown)?);
                 let place = at.map(|at| text.get(..at).unwrap_or("").chars().count());
-                Ok(place.and_then(|place| i64::try_from(place).ok()).unwrap_or(-1).into())
+                Ok(place
+                    .and_then(|place| i64::try_from(place).ok())
+                    .unwrap_or(-1)
+                    .into())
             }
             _ => Err(unknown()),
         };
     }
-    if let Some(object) = value.as_object().filter(|_| value.kind() == minijinja::value::ValueKind::Map) {
+    if let Some(object) = value
+        .as_object()
+        .filter(|_| value.kind() == minijinja::value::ValueKind::Map)
+    {
         let mut pairs = object.try_iter_pairs().ok_or_else(unknown)?;
         return match name {
             "items" => Ok(pairs.map(|(key, value)| Value::from(vec![key, value])).collect()),
@@ -172,7 +195,9 @@ fn method(_: &State, value: &Value, name: &str, arguments: &[Value]) -> Result<V
             "get" => {
                 let wanted = arguments.first().ok_or_else(unknown)?;
                 let found = pairs.find(|(key, _)| key == wanted).map(|(_, value)| value);
-                Ok(found.or_else(|| arguments.get(1).cloned()).unwrap_or(Value::from(())))
+                Ok(found
+                    .or_else(|| arguments.get(1).cloned())
+                    .unwrap_or(Value::from(())))
             }
             _ => Err(unknown()),
         };
@@ -185,7 +210,10 @@ mod tests {
     use super::*;
 
     fn message(role: &str, content: &str) -> Message {
-        Message { role: role.into(), content: content.into() }
+        Message {
+            role: role.into(),
+            content: content.into(),
+        }
     }
 
     fn render(source: &str) -> Result<String, Error> {
@@ -216,7 +244,10 @@ mod tests {
 
     #[test]
     fn an_endless_template_is_stopped() {
-        assert!(render("{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}").is_err());
+        assert!(
+            render("{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}")
+                .is_err()
+        );
         assert!(render("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}").is_err());
         assert!(render("{% set ns = namespace(s='xxxxxxxxxxxxxxxx') %}{% for a in range(99) %}{% set ns.s = ns.s ~ ns.s %}{% if a > 20 %}{{ ns.s }}{% endif %}{% endfor %}").is_err());
     }

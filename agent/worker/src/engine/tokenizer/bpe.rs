@@ -31,7 +31,10 @@ impl Bpe {
         };
         let pre = PreTokenizer::named(name)?;
         let alphabet = alphabet();
-        let bytes = (0..=u8::MAX).zip(&alphabet).map(|(byte, letter)| (*letter, byte)).collect();
+        let bytes = (0..=u8::MAX)
+            .zip(&alphabet)
+            .map(|(byte, letter)| (*letter, byte))
+            .collect();
         let ignore_merges = pre.ignore_merges || header.bool_or("tokenizer.ggml.ignore_merges", false)?;
         let mut bpe = Self {
             pre,
@@ -47,7 +50,8 @@ impl Bpe {
             let mut letters = text.chars();
             if let (Some(letter), None) = (letters.next(), letters.next()) {
                 // The lookup by text wins where a text occurs twice.
-                bpe.letters.insert(letter, vocabulary.id(text).unwrap_or(narrow(id)));
+                bpe.letters
+                    .insert(letter, vocabulary.id(text).unwrap_or(narrow(id)));
             }
         }
         Ok(bpe)
@@ -69,7 +73,11 @@ impl Bpe {
         let mut extra_ids: HashMap<Box<str>, u32> = HashMap::new();
         for (rank, merge) in merges.iter().enumerate() {
             // The space that separates is the first one after the first character, as in llama.cpp.
-            let mut places = merge.char_indices().skip(1).filter(|(_, c)| *c == ' ').map(|(at, _)| at);
+            let mut places = merge
+                .char_indices()
+                .skip(1)
+                .filter(|(_, c)| *c == ' ')
+                .map(|(at, _)| at);
             let (left, right) = places
                 .next()
                 .and_then(|at| Some((merge.get(..at)?, merge.get(at + 1..)?)))
@@ -107,8 +115,10 @@ impl Bpe {
         into: &mut Vec<u32>,
     ) -> Result<(), TokenizerError> {
         for word in self.pre.words(text) {
-            let word: String =
-                word.bytes().map(|byte| self.alphabet.get(usize::from(byte)).copied().unwrap_or('?')).collect();
+            let word: String = word
+                .bytes()
+                .map(|byte| self.alphabet.get(usize::from(byte)).copied().unwrap_or('?'))
+                .collect();
             if self.ignore_merges
                 && let Some(id) = vocabulary.id(&word)
             {
@@ -122,7 +132,11 @@ impl Bpe {
                 }
                 // No token for the whole symbol: its bytes one by one.
                 for letter in word.get(symbol.start..symbol.end).unwrap_or("").chars() {
-                    match self.letters.get(&letter).filter(|id| index(**id) < vocabulary.len()) {
+                    match self
+                        .letters
+                        .get(&letter)
+                        .filter(|id| index(**id) < vocabulary.len())
+                    {
                         Some(id) => into.push(*id),
                         None => {
                             let byte = self.bytes.get(&letter).copied().unwrap_or_default();
@@ -153,7 +167,10 @@ impl Bpe {
         }
         let mut queue = BinaryHeap::new();
         let push = |queue: &mut BinaryHeap<_>, symbols: &[Symbol], left: usize| {
-            let (Some(a), Some(right)) = (symbols.get(left), symbols.get(left).and_then(|symbol| symbol.after)) else {
+            let (Some(a), Some(right)) = (
+                symbols.get(left),
+                symbols.get(left).and_then(|symbol| symbol.after),
+            ) else {
                 return;
             };
             let Some(b) = symbols.get(right) else { return };
@@ -166,11 +183,17 @@ impl Bpe {
         }
         while let Some(Reverse((_, left, a, b, merged))) = queue.pop() {
             // Stale if either side has merged since.
-            let Some(right) = symbols.get(left).filter(|symbol| symbol.alive() && symbol.id == a).and_then(|s| s.after)
+            let Some(right) = symbols
+                .get(left)
+                .filter(|symbol| symbol.alive() && symbol.id == a)
+                .and_then(|s| s.after)
             else {
                 continue;
             };
-            let Some((end, after)) = symbols.get(right).filter(|s| s.alive() && s.id == b).map(|s| (s.end, s.after))
+            let Some((end, after)) = symbols
+                .get(right)
+                .filter(|s| s.alive() && s.id == b)
+                .map(|s| (s.end, s.after))
             else {
                 continue;
             };
@@ -233,4 +256,3 @@ fn alphabet() -> Vec<char> {
         })
         .collect()
 }
-

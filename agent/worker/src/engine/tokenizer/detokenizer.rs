@@ -58,7 +58,10 @@ mod tests {
     fn a_character_split_over_tokens_comes_out_whole() {
         let mut detokenizer = Detokenizer::default();
         let bytes = "aé€😀".as_bytes();
-        let parts: Vec<String> = bytes.iter().map(|byte| detokenizer.push_bytes(&[*byte])).collect();
+        let parts: Vec<String> = bytes
+            .iter()
+            .map(|byte| detokenizer.push_bytes(&[*byte]))
+            .collect();
         assert_eq!(parts, ["a", "", "é", "", "", "€", "", "", "", "😀"]);
         assert_eq!(detokenizer.finish(), "");
     }

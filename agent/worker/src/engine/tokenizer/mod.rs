@@ -24,9 +24,17 @@ pub(crate) enum TokenizerError {
     #[error("tokenizer.ggml.pre {pre:?} is not supported; supported: {known}")]
     UnknownPre { pre: String, known: String },
     #[error("tokenizer.ggml.{field} has {found} entries for {tokens} tokens")]
-    Length { field: &'static str, found: usize, tokens: usize },
+    Length {
+        field: &'static str,
+        found: usize,
+        tokens: usize,
+    },
     #[error("tokenizer.ggml.{field} is {id}, but there are {tokens} tokens")]
-    IdOutside { field: &'static str, id: u32, tokens: usize },
+    IdOutside {
+        field: &'static str,
+        id: u32,
+        tokens: usize,
+    },
     #[error("merge {index} is not two parts with a space between")]
     Merge { index: usize },
     #[error("the model has {rows} embeddings for {tokens} tokens")]
@@ -117,17 +125,33 @@ impl Vocabulary {
                 .collect(),
         };
         if kinds.len() != tokens.len() {
-            return Err(TokenizerError::Length { field: "token_type", found: kinds.len(), tokens: tokens.len() });
+            return Err(TokenizerError::Length {
+                field: "token_type",
+                found: kinds.len(),
+                tokens: tokens.len(),
+            });
         }
         let texts: Vec<Box<str>> = tokens.iter().map(Box::from).collect();
-        let ids = texts.iter().enumerate().map(|(id, text)| (text.clone(), narrow(id))).collect();
+        let ids = texts
+            .iter()
+            .enumerate()
+            .map(|(id, text)| (text.clone(), narrow(id)))
+            .collect();
         Ok(Self { texts, kinds, ids })
     }
 }
 
 /// Texts of control tokens that end a turn even where the metadata don't say so.
-const END_TEXTS: &[&str] =
-    &["<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<EOT>", "</s>"];
+const END_TEXTS: &[&str] = &[
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "<|eom_id|>",
+    "<EOT>",
+    "</s>",
+];
 
 impl Tokenizer {
     /// Builds the tokenizer that the file describes.
@@ -152,12 +176,24 @@ impl Tokenizer {
             if id == u32::MAX {
                 return Ok(None);
             }
-            if index(id) < tokens { Ok(Some(id)) } else { Err(TokenizerError::IdOutside { field, id, tokens }) }
+            if index(id) < tokens {
+                Ok(Some(id))
+            } else {
+                Err(TokenizerError::IdOutside { field, id, tokens })
+            }
         };
         let (bos, eos) = (id("bos_token_id")?, id("eos_token_id")?);
-        let mut ends: HashSet<u32> = eos.into_iter().chain(id("eot_token_id")?).chain(id("eom_token_id")?).collect();
+        let mut ends: HashSet<u32> = eos
+            .into_iter()
+            .chain(id("eot_token_id")?)
+            .chain(id("eom_token_id")?)
+            .collect();
         for text in END_TEXTS {
-            ends.extend(vocabulary.id(text).filter(|id| vocabulary.kind(*id) == Kind::Control));
+            ends.extend(
+                vocabulary
+                    .id(text)
+                    .filter(|id| vocabulary.kind(*id) == Kind::Control),
+            );
         }
         let mut special: Vec<(String, u32, Kind)> = (0..narrow(tokens))
             .map(|id| (id, vocabulary.kind(id)))

@@ -21,7 +21,16 @@ pub(crate) struct PreTokenizer {
 const CONTRACTIONS: &str = "'s|'t|'re|'ve|'m|'ll|'d";
 const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+";
 const KNOWN: &[&str] = &[
-    "default", "gpt-2", "phi-2", "llama3", "llama-v3", "llama-bpe", "falcon3", "smaug-bpe", "qwen2", "deepseek-r1-qwen",
+    "default",
+    "gpt-2",
+    "phi-2",
+    "llama3",
+    "llama-v3",
+    "llama-bpe",
+    "falcon3",
+    "smaug-bpe",
+    "qwen2",
+    "deepseek-r1-qwen",
 ];
 
 impl PreTokenizer {
@@ -32,7 +41,9 @@ impl PreTokenizer {
             )
         };
         let (patterns, line_breaks) = match name {
-            "llama3" | "llama-v3" | "llama-bpe" | "falcon3" | "smaug-bpe" => (vec![llama3(r"\p{N}{1,3}")], true),
+            "llama3" | "llama-v3" | "llama-bpe" | "falcon3" | "smaug-bpe" => {
+                (vec![llama3(r"\p{N}{1,3}")], true)
+            }
             "qwen2" | "deepseek-r1-qwen" => (vec![llama3(r"\p{N}")], true),
             "gpt-2" | "phi-2" => (vec![GPT2.to_owned()], false),
             "default" => (
@@ -45,12 +56,18 @@ impl PreTokenizer {
                 false,
             ),
             other => {
-                return Err(TokenizerError::UnknownPre { pre: shown(other), known: KNOWN.join(", ") });
+                return Err(TokenizerError::UnknownPre {
+                    pre: shown(other),
+                    known: KNOWN.join(", "),
+                });
             }
         };
         let whole = matches!(name, "llama3" | "llama-v3" | "llama-bpe" | "falcon3");
         Ok(Self {
-            passes: patterns.iter().map(|pattern| Regex::new(pattern)).collect::<Result<_, _>>()?,
+            passes: patterns
+                .iter()
+                .map(|pattern| Regex::new(pattern))
+                .collect::<Result<_, _>>()?,
             gives_back: true,
             line_breaks,
             ignore_merges: whole,
@@ -62,7 +79,10 @@ impl PreTokenizer {
     pub(crate) fn words<'t>(&self, text: &'t str) -> Vec<&'t str> {
         let mut words = vec![text];
         for pass in &self.passes {
-            words = words.into_iter().flat_map(|word| self.split(pass, word)).collect();
+            words = words
+                .into_iter()
+                .flat_map(|word| self.split(pass, word))
+                .collect();
         }
         words
     }
@@ -89,7 +109,9 @@ impl PreTokenizer {
 
     fn given_back(&self, text: &str, start: usize, end: usize) -> usize {
         let run = text.get(start..end).unwrap_or("");
-        let Some(last) = run.chars().next_back() else { return end };
+        let Some(last) = run.chars().next_back() else {
+            return end;
+        };
         let only_space = run.chars().all(char::is_whitespace);
         let own_alternative = self.line_breaks && matches!(last, '\r' | '\n');
         if only_space && !own_alternative && end < text.len() && run.len() > last.len_utf8() {

@@ -42,7 +42,10 @@ impl PartialOrd for Pair {
 }
 impl Ord for Pair {
     fn cmp(&self, other: &Self) -> Ordering {
-        self.score.total_cmp(&other.score).then(other.left.cmp(&self.left)).then(other.end.cmp(&self.end))
+        self.score
+            .total_cmp(&other.score)
+            .then(other.left.cmp(&self.left))
+            .then(other.end.cmp(&self.end))
     }
 }
 
@@ -51,13 +54,24 @@ impl Spm {
         let scores = header.f32s("tokenizer.ggml.scores")?.to_vec();
         if scores.len() != vocabulary.len() {
             let tokens = vocabulary.len();
-            return Err(TokenizerError::Length { field: "scores", found: scores.len(), tokens });
+            return Err(TokenizerError::Length {
+                field: "scores",
+                found: scores.len(),
+                tokens,
+            });
         }
-        let bytes = (0..=u8::MAX).map(|byte| vocabulary.id(&format!("<0x{byte:02X}>"))).collect();
+        let bytes = (0..=u8::MAX)
+            .map(|byte| vocabulary.id(&format!("<0x{byte:02X}>")))
+            .collect();
         let space_prefix = header.bool_or("tokenizer.ggml.add_space_prefix", true)?;
         let unknown = header.u32_or("tokenizer.ggml.unknown_token_id", 0)?;
         let unknown = Some(unknown).filter(|id| vocabulary.kind(*id) == Kind::Unknown);
-        Ok(Self { scores, space_prefix, bytes, unknown })
+        Ok(Self {
+            scores,
+            space_prefix,
+            bytes,
+            unknown,
+        })
     }
 
     pub(super) fn encode(
@@ -67,11 +81,17 @@ impl Spm {
         begins: bool,
         into: &mut Vec<u32>,
     ) -> Result<(), TokenizerError> {
+        if text.is_empty() {
+            return Ok(());
+        }
         let mut marked = String::with_capacity(text.len() + 3);
         if self.space_prefix && begins {
             marked.push(MARK);
         }
-        marked.extend(text.chars().map(|letter| if letter == ' ' { MARK } else { letter }));
+        marked.extend(
+            text.chars()
+                .map(|letter| if letter == ' ' { MARK } else { letter }),
+        );
         for (start, end) in self.merge(vocabulary, &marked) {
             let piece = marked.get(start..end).unwrap_or("");
             if let Some(id) = vocabulary.id(piece) {
@@ -79,7 +99,12 @@ impl Spm {
                 continue;
             }
             for byte in piece.bytes() {
-                let id = self.bytes.get(usize::from(byte)).copied().flatten().or(self.unknown);
+                let id = self
+                    .bytes
+                    .get(usize::from(byte))
+                    .copied()
+                    .flatten()
+                    .or(self.unknown);
                 into.push(id.ok_or(TokenizerError::NoByte { byte })?);
             }
         }
@@ -103,10 +128,17 @@ impl Spm {
         let mut queue = BinaryHeap::new();
         let push = |queue: &mut BinaryHeap<Pair>, symbols: &[Symbol], left: usize| {
             let Some(a) = symbols.get(left) else { return };
-            let Some(b) = a.after.and_then(|right| symbols.get(right)) else { return };
+            let Some(b) = a.after.and_then(|right| symbols.get(right)) else {
+                return;
+            };
             let found = text.get(a.start..b.end).and_then(|piece| vocabulary.id(piece));
             if let Some(score) = found.and_then(|id| self.scores.get(crate::num::index(id))) {
-                queue.push(Pair { score: *score, left, start: a.start, end: b.end });
+                queue.push(Pair {
+                    score: *score,
+                    left,
+                    start: a.start,
+                    end: b.end,
+                });
             }
         };
         for left in 0..symbols.len() {
@@ -114,13 +146,17 @@ impl Spm {
         }
         while let Some(Pair { left, start, end, .. }) = queue.pop() {
             // Stale unless both sides are as they were when the pair was found.
-            let Some((right, middle)) =
-                symbols.get(left).filter(|s| s.start == start && s.end > s.start).and_then(|s| Some((s.after?, s.end)))
+            let Some((right, middle)) = symbols
+                .get(left)
+                .filter(|s| s.start == start && s.end > s.start)
+                .and_then(|s| Some((s.after?, s.end)))
             else {
                 continue;
             };
-            let Some(after) =
-                symbols.get(right).filter(|s| s.start == middle && s.end == end && s.end > s.start).map(|s| s.after)
+            let Some(after) = symbols
+                .get(right)
+                .filter(|s| s.start == middle && s.end == end && s.end > s.start)
+                .map(|s| s.after)
             else {
                 continue;
             };
@@ -138,7 +174,11 @@ impl Spm {
             }
             push(&mut queue, &symbols, left);
         }
-        symbols.iter().filter(|s| s.end > s.start).map(|s| (s.start, s.end)).collect()
+        symbols
+            .iter()
+            .filter(|s| s.end > s.start)
+            .map(|s| (s.start, s.end))
+            .collect()
     }
 }
 
@@ -146,7 +186,10 @@ impl Spm {
 pub(super) fn bytes(text: &str, kind: Kind) -> Vec<u8> {
     if kind == Kind::Byte {
         let digits = text.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>'));
-        return digits.and_then(|digits| u8::from_str_radix(digits, 16).ok()).into_iter().collect();
+        return digits
+            .and_then(|digits| u8::from_str_radix(digits, 16).ok())
+            .into_iter()
+            .collect();
     }
     text.replace(MARK, " ").into_bytes()
 }

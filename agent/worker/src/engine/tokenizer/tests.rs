@@ -7,7 +7,10 @@ fn golden(name: &str) {
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../../shared/tokenizers");
     let path = folder.join(format!("ggml-vocab-{name}.gguf"));
     if !path.exists() {
-        eprintln!("SKIPPED: {} is not there, so the {name} tokenizer was not compared", path.display());
+        eprintln!(
+            "SKIPPED: {} is not there, so the {name} tokenizer was not compared",
+            path.display()
+        );
         return;
     }
     let mut file = File::open(&path).unwrap();
@@ -18,7 +21,12 @@ fn golden(name: &str) {
     let outputs = std::fs::read_to_string(path.with_extension("gguf.out")).unwrap();
     let inputs: Vec<&str> = inputs.split("\n__ggml_vocab_test__\n").collect();
     let outputs: Vec<&str> = outputs.lines().collect();
-    assert!(inputs.len() > 10 && outputs.len() >= inputs.len() - 1, "{} {}", inputs.len(), outputs.len());
+    assert!(
+        inputs.len() > 10 && outputs.len() >= inputs.len() - 1,
+        "{} {}",
+        inputs.len(),
+        outputs.len()
+    );
     let mut wrong = Vec::new();
     for (input, output) in inputs.iter().zip(&outputs) {
         let expected: Vec<u32> = output.split_whitespace().map(|id| id.parse().unwrap()).collect();
@@ -27,7 +35,13 @@ fn golden(name: &str) {
             wrong.push(format!("{input:?}: {found:?}, expected {expected:?}"));
         }
     }
-    assert!(wrong.is_empty(), "{} of {} differ:\n{}", wrong.len(), inputs.len(), wrong.join("\n"));
+    assert!(
+        wrong.is_empty(),
+        "{} of {} differ:\n{}",
+        wrong.len(),
+        inputs.len(),
+        wrong.join("\n")
+    );
 }
 
 #[test]
