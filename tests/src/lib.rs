@@ -4,7 +4,10 @@
 //! way of waiting. Must not: hold a rule of GoGrid itself; the programs under test have those.
 
 pub mod chart;
+pub mod cluster;
 pub mod controlplane;
+pub mod jobs;
 pub mod process;
+pub mod procfs;
 mod sys;
 pub mod wait;

@@ -1,0 +1,303 @@
+//! GoGrid on a control plane: the chart's objects, an operator and agents as real processes under the chart's service
+//! accounts.
+//!
+//! Owns: starting, killing and restarting those processes, and making jobs. Must not: know what they decide.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use gogrid_api::{InferenceJob, condition};
+use kube::api::{Api, PostParams};
+use kube::{Client, ResourceExt as _};
+use serde_json::{Value, json};
+
+use crate::chart;
+use crate::jobs;
+use crate::controlplane::ControlPlane;
+use crate::process::Process;
+use crate::wait::eventually;
+
+/// GoGrid's own namespace in every test.
+pub const NAMESPACE: &str = "gogrid-system";
+const READY_WITHIN: Duration = Duration::from_secs(60);
+
+/// What can be chosen about a cluster.
+#[derive(Clone, Debug)]
+pub struct ClusterOptions {
+    /// Names of the nodes, each with the profile it is labelled with (`None`: conservative by default).
+    pub nodes: Vec<(String, Option<String>)>,
+    /// Length of a node lease in seconds; every other time follows from it.
+    pub lease_seconds: u32,
+    /// Directories whose models may be run.
+    pub model_roots: Vec<PathBuf>,
+    /// More flags for every agent.
+    pub agent_args: Vec<String>,
+}
+
+impl ClusterOptions {
+    /// That many nodes `node-1`… under the `aggressive` profile, with short leases and the committed models.
+    pub fn quick(nodes: usize) -> Self {
+        Self {
+            nodes: (1..=nodes).map(|n| (format!("node-{n}"), Some("aggressive".to_owned()))).collect(),
+            lease_seconds: 4,
+            model_roots: vec![jobs::model_root()],
+            agent_args: vec![],
+        }
+    }
+}
+
+/// A running GoGrid.
+pub struct Cluster {
+    /// The control plane it runs on.
+    pub control: Arc<ControlPlane>,
+    /// A client with every right.
+    pub client: Client,
+    options: ClusterOptions,
+    operator_kubeconfig: PathBuf,
+    agent_kubeconfigs: BTreeMap<String, PathBuf>,
+    processes: Mutex<BTreeMap<String, Arc<Process>>>,
+    starts: Mutex<u32>,
+}
+
+/// One of our programs, built beside the running one.
+///
+/// # Errors
+/// When it has not been built: `cargo build --workspace` does.
+pub fn program(name: &str) -> Result<PathBuf> {
+    let me = std::env::current_exe()?;
+    me.ancestors()
+        .skip(1)
+        .take(2)
+        .map(|dir| dir.join(name))
+        .find(|path| path.is_file())
+        .with_context(|| format!("{name} is not beside {}: run `make build` first", me.display()))
+}
+
+/// The repository's root.
+pub fn repository() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+impl Cluster {
+    /// Installs the chart, makes the nodes, and starts one operator and one agent a node; returns when all are ready.
+    pub async fn start(control: Arc<ControlPlane>, options: ClusterOptions) -> Result<Self> {
+        let cluster = Self::install(control, options).await?;
+        cluster.start_operator(&[])?;
+        let nodes: Vec<String> = cluster.options.nodes.iter().map(|(name, _)| name.clone()).collect();
+        for node in &nodes {
+            cluster.start_agent(node)?;
+        }
+        for node in &nodes {
+            cluster.until_node_ready(node).await?;
+        }
+        Ok(cluster)
+    }
+
+    /// As [`Self::start`], without any process of ours.
+    pub async fn install(control: Arc<ControlPlane>, options: ClusterOptions) -> Result<Self> {
+        let client = control.admin_client().await?;
+        chart::install(&control, NAMESPACE, &json!({})).await?;
+        let operator_token = control.token_for_sa(NAMESPACE, chart::OPERATOR).await?;
+        let operator_kubeconfig = control.kubeconfig_for_token("operator", &operator_token)?;
+        let mut agent_kubeconfigs = BTreeMap::new();
+        for (node, profile) in &options.nodes {
+            let label: Vec<(&str, &str)> =
+                profile.iter().map(|p| (gogrid_api::names::PROFILE_NODE_LABEL, p.as_str())).collect();
+            control.create_node_with(node, &label, &[]).await?;
+            let pod = control.create_agent_pod(node, NAMESPACE, chart::AGENT).await?;
+            let token = control.token_bound_to_pod(NAMESPACE, chart::AGENT, &pod.name_any()).await?;
+            agent_kubeconfigs.insert(node.clone(), control.kubeconfig_for_token(&format!("agent-{node}"), &token)?);
+        }
+        Ok(Self {
+            control,
+            client,
+            options,
+            operator_kubeconfig,
+            agent_kubeconfigs,
+            processes: Mutex::default(),
+            starts: Mutex::default(),
+        })
+    }
+
+    /// Starts an operator under the chart's service account, with these flags besides the usual ones.
+    pub fn start_operator(&self, more: &[&str]) -> Result<Arc<Process>> {
+        let mut command = Command::new(program("gogrid-operator")?);
+        command.args(["--namespace", NAMESPACE, "--metrics-addr", "127.0.0.1:0", "--log-format", "text"]);
+        command.arg("--lease-duration-seconds").arg(self.options.lease_seconds.to_string());
+        for root in &self.options.model_roots {
+            command.arg("--model-root").arg(root);
+        }
+        command.args(more).env("KUBECONFIG", &self.operator_kubeconfig).env("RUST_BACKTRACE", "1");
+        self.launch("operator", command)
+    }
+
+    /// Starts the agent of that node under the chart's service account, with the node's own token.
+    pub fn start_agent(&self, node: &str) -> Result<Arc<Process>> {
+        self.start_agent_with(node, &[])
+    }
+
+    /// As [`Self::start_agent`], with more flags.
+    pub fn start_agent_with(&self, node: &str, more: &[&str]) -> Result<Arc<Process>> {
+        let mut command = Command::new(program("gogrid-agent")?);
+        let state = self.agent_dir(node);
+        std::fs::create_dir_all(&state)?;
+        command.args(["--node-name", node, "--namespace", NAMESPACE, "--metrics-addr", "127.0.0.1:0"]);
+        command.args(["--log-format", "text"]).arg("--state-dir").arg(&state);
+        command.arg("--worker-binary").arg(program("gogrid-worker")?);
+        command.arg("--lease-duration-seconds").arg(self.options.lease_seconds.to_string());
+        for root in &self.options.model_roots {
+            command.arg("--model-root").arg(root);
+        }
+        let kubeconfig = self.agent_kubeconfigs.get(node).with_context(|| format!("no node {node}"))?;
+        command.args(&self.options.agent_args).args(more).env("KUBECONFIG", kubeconfig).env("RUST_BACKTRACE", "1");
+        self.launch(node, command)
+    }
+
+    /// Where that node's agent keeps its state.
+    pub fn agent_dir(&self, node: &str) -> PathBuf {
+        self.control.dir().join(format!("agent-{node}"))
+    }
+
+    fn launch(&self, name: &str, command: Command) -> Result<Arc<Process>> {
+        let mut starts = self.starts.lock().unwrap_or_else(PoisonError::into_inner);
+        *starts += 1;
+        let log = self.control.dir().join(format!("{name}-{starts}.log"));
+        let process = Arc::new(Process::start(name, command, &log)?);
+        self.processes().insert(name.to_owned(), Arc::clone(&process));
+        Ok(process)
+    }
+
+    fn processes(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Arc<Process>>> {
+        self.processes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The process started last under that name: `operator`, or a node's.
+    pub fn process(&self, name: &str) -> Result<Arc<Process>> {
+        self.processes().get(name).cloned().with_context(|| format!("no process {name}"))
+    }
+
+    /// The last lines of every program's log, for a message about something that went wrong.
+    pub fn log_tails(&self, lines: usize) -> String {
+        self.processes().iter().map(|(name, p)| format!("--- {name}:\n{}\n", p.log_tail(lines))).collect()
+    }
+
+    /// Waits until that node's GpuNode says Ready and its Lease is held.
+    pub async fn until_node_ready(&self, node: &str) -> Result<()> {
+        let nodes: Api<gogrid_api::GpuNode> = Api::all(self.client.clone());
+        let process = self.process(node)?;
+        eventually(READY_WITHIN, &format!("GpuNode {node} to be Ready"), || async {
+            if !process.is_running() {
+                bail!("its agent has ended: {}", process.log_tail(20));
+            }
+            let status = nodes.get(node).await?.status.unwrap_or_default();
+            ensure!(condition::is_true(&status.conditions, "Ready"), "conditions {:?}", status.conditions);
+            Ok(())
+        })
+        .await
+        .with_context(|| process.log_tail(30))
+    }
+
+    /// Jobs of one namespace.
+    pub fn jobs(&self, namespace: &str) -> Api<InferenceJob> {
+        Api::namespaced(self.client.clone(), namespace)
+    }
+
+    /// Creates a job from its spec.
+    pub async fn create_job(&self, namespace: &str, name: &str, spec: Value) -> Result<InferenceJob> {
+        let job = serde_json::from_value(json!({
+            "apiVersion": "gogrid.dev/v1alpha1", "kind": "InferenceJob",
+            "metadata": {"name": name, "namespace": namespace}, "spec": spec,
+        }))?;
+        self.jobs(namespace).create(&PostParams::default(), &job).await.with_context(|| format!("creating job {name}"))
+    }
+
+    /// Waits until a job's condition of that type carries that reason, and returns the job.
+    pub async fn until_reason(&self, job: &InferenceJob, type_: &str, reason: &str, within: Duration) -> Result<InferenceJob> {
+        let what = format!("{} to be {type_}/{reason}", job.name_any());
+        self.until(job, &what, within, |job| {
+            let status = job.status.clone().unwrap_or_default();
+            match condition::find(&status.conditions, type_) {
+                Some(found) if found.reason == reason => Ok(()),
+                _ => Err(anyhow!("conditions: {}", short(&status.conditions))),
+            }
+        })
+        .await
+    }
+
+    /// Waits until a job is Finished, either way, and returns it.
+    pub async fn until_finished(&self, job: &InferenceJob, within: Duration) -> Result<InferenceJob> {
+        self.until(job, &format!("{} to be Finished", job.name_any()), within, |job| {
+            let status = job.status.clone().unwrap_or_default();
+            ensure!(
+                condition::is_true(&status.conditions, "Finished"),
+                "progress {:?}, conditions: {}",
+                status.progress.map(|p| p.display),
+                short(&status.conditions)
+            );
+            Ok(())
+        })
+        .await
+    }
+
+    /// Waits until `accept` is content with the stored job, and returns it.
+    pub async fn until(
+        &self,
+        job: &InferenceJob,
+        what: &str,
+        within: Duration,
+        accept: impl Fn(&InferenceJob) -> Result<()>,
+    ) -> Result<InferenceJob> {
+        let jobs = self.jobs(&job.namespace().unwrap_or_default());
+        let name = job.name_any();
+        eventually(within, what, || async {
+            let job = jobs.get(&name).await?;
+            accept(&job).map(|()| job)
+        })
+        .await
+        .with_context(|| self.log_tails(25))
+    }
+
+    /// The published results of a finished job, one JSON value a record.
+    pub async fn results(&self, job: &InferenceJob) -> Result<Vec<Value>> {
+        let name = job.spec.output.config_map.clone().context("the job has no output ConfigMap")?;
+        let maps: Api<k8s_openapi::api::core::v1::ConfigMap> =
+            Api::namespaced(self.client.clone(), &job.namespace().unwrap_or_default());
+        let data = maps.get(&name).await?.data.unwrap_or_default();
+        let text = data.get(gogrid_api::names::RESULTS_KEY).context("no results.jsonl in it")?;
+        text.lines().map(|line| serde_json::from_str(line).with_context(|| line.to_owned())).collect()
+    }
+}
+
+fn short(conditions: &[gogrid_api::Condition]) -> String {
+    conditions.iter().map(|c| format!("{}={:?}/{} ({}); ", c.type_, c.status, c.reason, c.message)).collect()
+}
+
+/// One record in the OpenAI Batch shape.
+pub fn record(id: &str, prompt: &str, max_tokens: u32) -> String {
+    json!({
+        "custom_id": id, "method": "POST", "url": "/v1/chat/completions",
+        "body": {"messages": [{"role": "user", "content": prompt}], "max_tokens": max_tokens},
+    })
+    .to_string()
+}
+
+/// The answer's text in one result, if it has one.
+pub fn answer(result: &Value) -> Option<&str> {
+    result.pointer("/response/body/choices/0/message/content")?.as_str()
+}
+
+/// Runs a test on the one runtime of its binary, so that clients and the shared cluster may outlive a single test.
+pub fn on_runtime<T>(test: impl Future<Output = T>) -> T {
+    static RUNTIME: std::sync::OnceLock<tokio::runtime::Runtime> = std::sync::OnceLock::new();
+    RUNTIME
+        .get_or_init(|| {
+            let mut builder = tokio::runtime::Builder::new_multi_thread();
+            #[expect(clippy::expect_used, reason = "a test without a runtime has nothing to say")]
+            builder.worker_threads(2).enable_all().build().expect("a tokio runtime")
+        })
+        .block_on(test)
+}

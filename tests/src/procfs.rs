@@ -1,0 +1,74 @@
+//! What /proc says of our processes, read by the test itself and not asked of them.
+
+use std::path::Path;
+
+use anyhow::{Context as _, Result};
+
+/// One process as /proc shows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Seen {
+    /// Its number.
+    pub pid: u32,
+    /// Its parent's.
+    pub parent: u32,
+    /// Its command line, arguments joined by a space.
+    pub command: String,
+}
+
+/// All processes that can be read now.
+pub fn processes() -> Result<Vec<Seen>> {
+    let mut seen = vec![];
+    for entry in std::fs::read_dir("/proc")? {
+        let entry = entry?;
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        // A process may end while it is looked at.
+        let Ok(command) = std::fs::read(entry.path().join("cmdline")) else { continue };
+        let Some(parent) = stat_field(&entry.path(), 4) else { continue };
+        let command = String::from_utf8_lossy(&command).trim_end_matches('\0').replace('\0', " ");
+        seen.push(Seen { pid, parent: u32::try_from(parent)?, command });
+    }
+    Ok(seen)
+}
+
+/// Field `number` (from 1, as in proc(5)) of a `stat` file, for fields after the command's name.
+fn stat_field(dir: &Path, number: usize) -> Option<i64> {
+    let stat = std::fs::read_to_string(dir.join("stat")).ok()?;
+    let (_, rest) = stat.rsplit_once(')')?;
+    rest.split_whitespace().nth(number.checked_sub(3)?)?.parse().ok()
+}
+
+/// Workers (not pools) below that process, however deep.
+pub fn workers_of(ancestor: u32) -> Result<Vec<Seen>> {
+    let all = processes()?;
+    let parent_of = |pid: u32| all.iter().find(|p| p.pid == pid).map(|p| p.parent);
+    let below = |pid: u32| std::iter::successors(Some(pid), |p| parent_of(*p)).take(32).any(|p| p == ancestor);
+    Ok(all.iter().filter(|p| p.command.contains("gogrid-worker worker") && below(p.pid)).cloned().collect())
+}
+
+/// Numbers of a process's threads.
+pub fn threads(pid: u32) -> Result<Vec<u32>> {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).with_context(|| format!("process {pid} is gone"))?;
+    tasks.map(|task| Ok(task?.file_name().to_string_lossy().parse()?)).collect()
+}
+
+/// Nice value of one thread.
+pub fn niceness(pid: u32, thread: u32) -> Result<i64> {
+    stat_field(Path::new(&format!("/proc/{pid}/task/{thread}")), 19).with_context(|| format!("thread {thread} is gone"))
+}
+
+/// CPU time that a process has used in clock ticks (100 a second), user and system.
+pub fn cpu_ticks(pid: u32) -> Result<i64> {
+    let dir = format!("/proc/{pid}");
+    let field = |number| stat_field(Path::new(&dir), number).with_context(|| format!("process {pid} is gone"));
+    Ok(field(14)? + field(15)?)
+}
+
+/// `oom_score_adj` of a process.
+pub fn oom_score_adj(pid: u32) -> Result<i64> {
+    Ok(std::fs::read_to_string(format!("/proc/{pid}/oom_score_adj"))?.trim().parse()?)
+}
+
+/// I/O priority of a thread: class << 13 | level.
+pub fn io_priority(thread: u32) -> Result<i64> {
+    Ok(crate::sys::io_priority(thread)?)
+}

@@ -1,0 +1,49 @@
+//! A cluster with nothing to do writes nothing but Leases.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use gogrid_tests::cluster::{Cluster, ClusterOptions, NAMESPACE, on_runtime};
+use gogrid_tests::controlplane::{AuditEvent, ControlPlane};
+use gogrid_tests::jobs::{Questions, spec};
+use gogrid_tests::wait::eventually;
+
+/// With leases of 4 s instead of 40 s this is what three minutes are in production.
+const SPAN: Duration = Duration::from_secs(20);
+
+fn ours(events: Vec<AuditEvent>) -> Vec<AuditEvent> {
+    let prefix = format!("system:serviceaccount:{NAMESPACE}:");
+    events.into_iter().filter(|e| e.user.starts_with(&prefix) && e.resource != "leases").collect()
+}
+
+#[test]
+fn three_idle_agents_and_five_finished_jobs_cause_no_write_but_leases() -> Result<()> {
+    on_runtime(async {
+        let control = ControlPlane::shared().await?;
+        let cluster = Cluster::start(control.clone(), ClusterOptions::quick(3)).await?;
+        for n in 0..5 {
+            let name = format!("idle-{n}");
+            let questions = Questions::new(n, 5);
+            let job = cluster.create_job("default", &name, spec(&questions.lines(), &name)?).await?;
+            cluster.until_finished(&job, Duration::from_secs(60)).await?;
+        }
+        let quiet = Duration::from_secs(6);
+        eventually(Duration::from_secs(90), "six quiet seconds", || async {
+            let from = control.now();
+            tokio::time::sleep(quiet).await;
+            let writes = ours(control.audit_writes(from, control.now())?);
+            ensure!(writes.is_empty(), "{} writes, first {:?}", writes.len(), writes.first());
+            Ok(())
+        })
+        .await?;
+        let from = control.now();
+        tokio::time::sleep(SPAN).await;
+        let all = control.audit_writes(from, control.now())?;
+        let leases = all.iter().filter(|e| e.resource == "leases").count();
+        let writes = ours(all);
+        println!("{leases} lease writes and {} others in {SPAN:?}", writes.len());
+        ensure!(leases > 0, "the audit log saw no lease: is it on?");
+        ensure!(writes.is_empty(), "{writes:#?}");
+        Ok(())
+    })
+}
