@@ -271,16 +271,7 @@ fn answer(arguments: &Generate) -> Result<()> {
 
     let prompt = match &arguments.prompt {
         Some(prompt) => prompt.clone(),
-        None => {
-            let mut text = String::new();
-            if std::io::stdin().is_terminal() {
-                eprintln!("reading the prompt from standard input; end it with Ctrl-D (or use --prompt)");
-            }
-            std::io::stdin()
-                .read_to_string(&mut text)
-                .context("reading the prompt from standard input")?;
-            text
-        }
+        None => read_prompt()?,
     };
     let message = [Message {
         role: "user".into(),
@@ -345,6 +336,17 @@ fn answer(arguments: &Generate) -> Result<()> {
         );
     }
     Ok(())
+}
+
+fn read_prompt() -> Result<String> {
+    let mut text = String::new();
+    if std::io::stdin().is_terminal() {
+        eprintln!("reading the prompt from standard input; end it with Ctrl-D (or use --prompt)");
+    }
+    std::io::stdin()
+        .read_to_string(&mut text)
+        .context("reading the prompt from standard input")?;
+    Ok(text)
 }
 
 fn cores() -> usize {

@@ -99,16 +99,11 @@ impl<T> Permit<'_, T> {
     pub(crate) fn run<R>(self, compute: impl FnOnce(&Device, &mut T) -> R) -> R {
         compute(&self.keeper.device, &mut self.keeper.user)
     }
-
-    /// CPU time used so far under this permit, in nanoseconds.
-    pub(crate) fn used(cpu_before: u64) -> u64 {
-        clock::process_cpu().saturating_sub(cpu_before)
-    }
 }
 
 impl<T> Drop for Permit<'_, T> {
     fn drop(&mut self) {
-        let cpu = Self::used(self.cpu_before);
+        let cpu = clock::process_cpu().saturating_sub(self.cpu_before);
         self.keeper.bill(clock::boottime(), cpu);
     }
 }

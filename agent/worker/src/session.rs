@@ -303,13 +303,7 @@ impl Session {
         let in_step = batch.in_step();
         let mut gate_at = None;
         if !self.draining && !in_step && !self.waiting.is_empty() && batch.has_room() && batch.len() < most {
-            let slot = match self.place {
-                Some(slot) => slot,
-                None => {
-                    let reservation = self.gate.reserve(now);
-                    *self.place.insert(reservation.slot)
-                }
-            };
+            let slot = *self.place.get_or_insert_with(|| self.gate.reserve(now).slot);
             match self.gate.start_at(slot, now) {
                 Some(at) if at > now => gate_at = Some(at),
                 Some(_) => return self.begin(slot, now),

@@ -18,7 +18,7 @@ pub(crate) fn with_file_bytes<R>(
     length: u64,
     look: impl FnOnce(&[u8]) -> R,
 ) -> io::Result<R> {
-    use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+    use rustix::mm::{MapFlags, ProtFlags, mmap};
     use std::os::unix::fs::FileExt;
     let short = || io::Error::from(io::ErrorKind::UnexpectedEof);
     if offset
@@ -59,17 +59,18 @@ pub(crate) fn with_file_bytes<R>(
     let bytes = unsafe { std::slice::from_raw_parts(address.cast::<u8>().add(lead), length) };
     let result = look(bytes);
     drop(guard);
-    return Ok(result);
+    Ok(result)
+}
 
-    struct Mapping {
-        address: *mut std::ffi::c_void,
-        length: usize,
-    }
-    impl Drop for Mapping {
-        fn drop(&mut self) {
-            // SAFETY: exactly the range that was mapped, once, after its last use.
-            let _ = unsafe { munmap(self.address, self.length) };
-        }
+struct Mapping {
+    address: *mut std::ffi::c_void,
+    length: usize,
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: exactly the range that was mapped, once, after its last use.
+        let _ = unsafe { rustix::mm::munmap(self.address, self.length) };
     }
 }
 

@@ -1,4 +1,5 @@
 //! Pool and worker as processes, with the agent's end of the socket in the test.
+#![expect(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "helpers of tests fail the test")]
 
 use gogrid_agent_core::protocol::{
     FromPool, FromWorker, Hello, IoPriority, Outcome, PROTOCOL_VERSION, Role, Sampling, ToPool, ToWorker,
@@ -347,4 +348,40 @@ fn a_model_that_is_none_fails_the_worker_with_a_reason() {
             signal: None
         })
     );
+}
+
+#[test]
+fn a_worker_takes_no_more_of_the_device_than_its_share() {
+    let node = Node::start();
+    let mut pool = node.pool();
+    let fence = now() + 600 * SECOND;
+    let (mut worker, _) = node.worker(&mut pool, 1, limits(1), fence);
+    worker.load(&node.model(), 2);
+    worker.grant(1000, fence);
+    worker.until(|message| matches!(message, FromWorker::Loaded { .. }).then_some(()));
+    // Loading at a full share leaves no debt; from here on a tenth.
+    let share = 100;
+    worker.grant(share, fence);
+    let mut usage = Vec::new();
+    let mut line = 0;
+    while usage.len() < 4 {
+        while line < 400 * (u64::try_from(usage.len()).unwrap() + 1) {
+            line += 1;
+            worker.record(line, "the weather of tomorrow and of the day after");
+        }
+        match worker.receive::<FromWorker>().unwrap() {
+            FromWorker::Usage(counters) => usage.push((now(), counters)),
+            FromWorker::Result(result) => worker.send(&ToWorker::Acknowledge {
+                lines: vec![result.line],
+            }),
+            FromWorker::Failed { reason, message } => panic!("{reason}: {message}"),
+            _ => {}
+        }
+    }
+    let ((begin, first), (end, last)) = (usage[1], usage[3]);
+    let (used, elapsed) = (last.device - first.device, end - begin);
+    // A burst, a slice, and counters that are up to a slice old.
+    let most = elapsed * u64::from(share) / 1000 + SECOND / 10;
+    assert!(used <= most, "{used} ns of {elapsed} ns");
+    assert!(last.waited > first.waited, "{last:?}");
 }

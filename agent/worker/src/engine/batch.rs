@@ -140,16 +140,15 @@ impl Batch {
         engine: &mut Engine,
         rows: usize,
     ) -> Result<Option<Vec<Event>>, EngineError> {
-        let mut pass = match self.pass.take() {
-            Some(pass) => pass,
-            None => {
-                let rows = self.plan(rows);
-                if rows.is_empty() {
-                    return Ok(Some(Vec::new()));
-                }
-                self.rows = wide(rows.len());
-                engine.model.begin(rows)?
+        let mut pass = if let Some(pass) = self.pass.take() {
+            pass
+        } else {
+            let rows = self.plan(rows);
+            if rows.is_empty() {
+                return Ok(Some(Vec::new()));
             }
+            self.rows = wide(rows.len());
+            engine.model.begin(rows)?
         };
         if !engine.model.advance(&mut pass, &mut engine.cache)? {
             self.pass = Some(pass);

@@ -109,7 +109,7 @@ impl Matrix {
                 let rows = self.shard.min(self.outputs - shard * self.shard);
                 match store.embedding(&[u32::try_from(within).unwrap_or(0)], rows, self.inputs)? {
                     CpuStorage::F32(values) => {
-                        into.copy_from_slice(values.get(..self.inputs).ok_or_else(outside)?)
+                        into.copy_from_slice(values.get(..self.inputs).ok_or_else(outside)?);
                     }
                     _ => return Err(EngineError::Internal("embedding type")),
                 }

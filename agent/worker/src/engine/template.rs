@@ -91,6 +91,10 @@ impl Write for Bounded {
 }
 
 /// JSON as Python's `json.dumps` separates it, without escaping for HTML.
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "minijinja hands options to filters by value"
+)]
 fn tojson(value: &Value, options: Kwargs) -> Result<String, Error> {
     let indent: Option<usize> = options.get("indent")?;
     let _: Option<bool> = options.get("ensure_ascii")?;
@@ -99,24 +103,19 @@ fn tojson(value: &Value, options: Kwargs) -> Result<String, Error> {
     options.assert_all_used()?;
     let bad = |error: serde_json::Error| Error::new(ErrorKind::BadSerialization, error.to_string());
     let value = serde_json::to_value(value).map_err(bad)?;
-    match indent {
-        Some(indent) => {
-            let indent = " ".repeat(indent.min(8));
-            let mut out = Vec::new();
-            let formatter = serde_json::ser::PrettyFormatter::with_indent(indent.as_bytes());
-            value
-                .serialize(&mut serde_json::Serializer::with_formatter(&mut out, formatter))
-                .map_err(bad)?;
-            Ok(String::from_utf8_lossy(&out).into_owned())
-        }
-        None => {
-            let mut out = Vec::new();
-            value
-                .serialize(&mut serde_json::Serializer::with_formatter(&mut out, Spaced))
-                .map_err(bad)?;
-            Ok(String::from_utf8_lossy(&out).into_owned())
-        }
+    let mut out = Vec::new();
+    if let Some(indent) = indent {
+        let indent = " ".repeat(indent.min(8));
+        let formatter = serde_json::ser::PrettyFormatter::with_indent(indent.as_bytes());
+        value
+            .serialize(&mut serde_json::Serializer::with_formatter(&mut out, formatter))
+            .map_err(bad)?;
+    } else {
+        value
+            .serialize(&mut serde_json::Serializer::with_formatter(&mut out, Spaced))
+            .map_err(bad)?;
     }
+    Ok(String::from_utf8_lossy(&out).into_owned())
 }
 
 /// `", "` and `": "` between parts.

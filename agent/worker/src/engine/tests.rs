@@ -148,6 +148,11 @@ fn scores_do_not_depend_on_the_other_rows_of_a_step() {
     }
 }
 
+/// Small sizes are exact as doubles.
+fn f(value: usize) -> f64 {
+    f64::from(u32::try_from(value).unwrap())
+}
+
 /// The decoder once more, slowly and in doubles, straight from the definition.
 fn oracle(shape: &RandomLlama, bytes: &[u8], tokens: &[u32]) -> Vec<f64> {
     let header = gogrid_gguf::Header::parse(
@@ -173,7 +178,7 @@ fn oracle(shape: &RandomLlama, bytes: &[u8], tokens: &[u32]) -> Vec<f64> {
     let epsilon = f64::from(header.f32("llama.attention.layer_norm_rms_epsilon").unwrap());
     let base = f64::from(header.f32_or("llama.rope.freq_base", 10_000.0).unwrap());
     let norm = |x: &[f64], weights: &[f64]| -> Vec<f64> {
-        let mean = x.iter().map(|v| v * v).sum::<f64>() / x.len() as f64;
+        let mean = x.iter().map(|v| v * v).sum::<f64>() / f(x.len());
         x.iter()
             .zip(weights)
             .map(|(v, w)| v / (mean + epsilon).sqrt() * w)
@@ -183,7 +188,7 @@ fn oracle(shape: &RandomLlama, bytes: &[u8], tokens: &[u32]) -> Vec<f64> {
     let rope = |x: &mut [f64], position: usize| {
         for head in x.chunks_mut(width) {
             for pair in 0..width / 2 {
-                let angle = position as f64 * base.powf(-2.0 * pair as f64 / width as f64);
+                let angle = f(position) * base.powf(-2.0 * f(pair) / f(width));
                 let (a, b) = (head[2 * pair], head[2 * pair + 1]);
                 head[2 * pair] = a * angle.cos() - b * angle.sin();
                 head[2 * pair + 1] = a * angle.sin() + b * angle.cos();
@@ -195,7 +200,7 @@ fn oracle(shape: &RandomLlama, bytes: &[u8], tokens: &[u32]) -> Vec<f64> {
     let mut values = keys.clone();
     let mut scores = Vec::new();
     for (position, token) in tokens.iter().enumerate() {
-        let at = *token as usize * shape.hidden;
+        let at = usize::try_from(*token).unwrap() * shape.hidden;
         let mut x = embeddings[at..at + shape.hidden].to_vec();
         for layer in 0..shape.layers {
             let weights = |name: &str| tensor(&format!("blk.{layer}.{name}.weight"));
@@ -216,7 +221,7 @@ fn oracle(shape: &RandomLlama, bytes: &[u8], tokens: &[u32]) -> Vec<f64> {
                     .iter()
                     .map(|k| {
                         let dot: f64 = query.iter().zip(&k[from..from + width]).map(|(a, b)| a * b).sum();
-                        (dot / (width as f64).sqrt()).exp()
+                        (dot / f(width).sqrt()).exp()
                     })
                     .collect();
                 let sum: f64 = raw.iter().sum();
@@ -453,6 +458,38 @@ fn the_demo_model_answers_questions_it_was_not_trained_on() {
         if let Some(right) = demo(&demo_model_path(quant), 200) {
             let least = if quant == Quant::Q4K { 180 } else { 190 };
             assert!(right >= least, "{quant:?}: {right} of 200");
+        }
+    }
+}
+
+#[test]
+fn the_demo_models_answers_are_the_golden_ones() {
+    let golden =
+        std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/models/golden/answers.tsv");
+    let Ok(golden) = std::fs::read_to_string(&golden) else {
+        eprintln!("SKIPPED: {} is not there", golden.display());
+        return;
+    };
+    for quant in [Quant::F16, Quant::Q8_0] {
+        let Ok(file) = File::open(demo_model_path(quant)) else {
+            eprintln!("SKIPPED: {quant:?} of the demo model is not there");
+            continue;
+        };
+        let mut engine = load(file, size(64, 1)).unwrap();
+        for line in golden.lines() {
+            let mut fields = line.split('\t');
+            let (question, expected) = (fields.next().unwrap(), fields.next().unwrap());
+            let message = super::template::Message {
+                role: "user".into(),
+                content: question.into(),
+            };
+            let text = engine.template.as_ref().unwrap().render(&[message]).unwrap();
+            let tokens = engine.tokenizer.prompt(&text).unwrap();
+            assert_eq!(
+                alone(&mut engine, &tokens, &sampling(16, 0, 0), 64).text,
+                expected,
+                "{quant:?} {question}"
+            );
         }
     }
 }

@@ -132,17 +132,12 @@ impl Bpe {
                 }
                 // No token for the whole symbol: its bytes one by one.
                 for letter in word.get(symbol.start..symbol.end).unwrap_or("").chars() {
-                    match self
+                    let id = self
                         .letters
                         .get(&letter)
-                        .filter(|id| index(**id) < vocabulary.len())
-                    {
-                        Some(id) => into.push(*id),
-                        None => {
-                            let byte = self.bytes.get(&letter).copied().unwrap_or_default();
-                            return Err(TokenizerError::NoByte { byte });
-                        }
-                    }
+                        .filter(|id| index(**id) < vocabulary.len());
+                    let byte = self.bytes.get(&letter).copied().unwrap_or_default();
+                    into.push(*id.ok_or(TokenizerError::NoByte { byte })?);
                 }
             }
         }

@@ -7,9 +7,6 @@ use regex::Regex;
 /// Cuts text into words.
 pub(crate) struct PreTokenizer {
     passes: Vec<Regex>,
-    /// Whether the pattern ends in `\s+(?!\S)|\s+`: of a run of white space before a word, the last character belongs
-    /// to what follows. (`regex` has no look-ahead, so this is done by hand.)
-    gives_back: bool,
     /// Whether runs that end in a line break are taken by an alternative of their own.
     line_breaks: bool,
     /// Whether a word that is a token is taken whole, without merges.
@@ -68,7 +65,6 @@ impl PreTokenizer {
                 .iter()
                 .map(|pattern| Regex::new(pattern))
                 .collect::<Result<_, _>>()?,
-            gives_back: true,
             line_breaks,
             ignore_merges: whole,
             adds_bos: whole,
@@ -94,10 +90,7 @@ impl PreTokenizer {
             if found.is_empty() {
                 break;
             }
-            let mut end = found.end();
-            if self.gives_back {
-                end = self.given_back(text, found.start(), end);
-            }
+            let end = self.given_back(text, found.start(), found.end());
             // What no alternative takes stays a word of its own.
             words.extend(text.get(at..found.start()).filter(|gap| !gap.is_empty()));
             words.extend(text.get(found.start()..end));
@@ -107,6 +100,8 @@ impl PreTokenizer {
         words
     }
 
+    /// Every pattern ends in `\s+(?!\S)|\s+`: of a run of white space before a word, the last character belongs to what
+    /// follows. `regex` has no look-ahead, so this is done by hand.
     fn given_back(&self, text: &str, start: usize, end: usize) -> usize {
         let run = text.get(start..end).unwrap_or("");
         let Some(last) = run.chars().next_back() else {
