@@ -27,11 +27,19 @@ fn main() -> ExitCode {
         .init();
     match cli::run(&cli::Arguments::parse()) {
         Ok(code) => code,
+        // Whoever read our output has seen enough.
+        Err(error) if broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("gogrid-worker: {error:#}");
             ExitCode::FAILURE
         }
     }
+}
+
+fn broken_pipe(error: &anyhow::Error) -> bool {
+    error
+        .downcast_ref::<std::io::Error>()
+        .is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
 /// Variables that candle and rayon read. Candle computes in the calling thread (its own pool spins); rayon's threads

@@ -1,5 +1,10 @@
 //! Pool and worker as processes, with the agent's end of the socket in the test.
-#![expect(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "helpers of tests fail the test")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "helpers of tests fail the test"
+)]
 
 use gogrid_agent_core::protocol::{
     FromPool, FromWorker, Hello, IoPriority, Outcome, PROTOCOL_VERSION, Role, Sampling, ToPool, ToWorker,
