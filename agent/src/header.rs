@@ -4,7 +4,7 @@
 //! environment and no token. Must not open anything.
 
 use gogrid_api::assignment::ModelFacts;
-use gogrid_gguf::{Facts, Limits, parse_from, supported};
+use gogrid_gguf::{ENGINE_ARCHITECTURES, Facts, GgufError, Header, Limits, parse_from, supported};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Resource, Rlimit, pidfd_open, setpriority_process, setrlimit};
 use serde::{Deserialize, Serialize};
@@ -45,9 +45,9 @@ pub(crate) fn child(bytes: u64) -> io::Result<()> {
     }
     let mut input = io::stdin().lock();
     let answer = match parse_from(&mut input, bytes, &Limits::default()) {
-        Err(error) => refused("InvalidModel", &error.to_string()),
+        Err(error) => refused(word(&error), &error.to_string()),
         Ok(header) => match Facts::from_header(&header) {
-            Err(error) => refused("InvalidModel", &error.to_string()),
+            Err(error) => without_facts(&header, &error.to_string()),
             Ok(facts) => match supported(&facts) {
                 Err(error) => refused("UnsupportedModel", &error.to_string()),
                 Ok(()) => Answer::Facts(api_facts(&facts)),
@@ -56,6 +56,28 @@ pub(crate) fn child(bytes: u64) -> io::Result<()> {
     };
     let text = serde_json::to_vec(&answer)?;
     io::stdout().lock().write_all(&text)
+}
+
+/// A header without facts: most likely because it is of an architecture whose keys nobody here knows.
+fn without_facts(header: &Header, error: &str) -> Answer {
+    match header.str_opt("general.architecture") {
+        Ok(Some(name)) if !ENGINE_ARCHITECTURES.contains(&name) => {
+            let known = ENGINE_ARCHITECTURES.join(", ");
+            refused(
+                "UnsupportedModel",
+                &format!("architecture {name:?} is not supported: must be one of {known}"),
+            )
+        }
+        _ => refused("InvalidModel", error),
+    }
+}
+
+fn word(error: &GgufError) -> &'static str {
+    match error {
+        GgufError::NotGguf { .. } => "NotGguf",
+        GgufError::Truncated { .. } | GgufError::OutsideFile { .. } => "TruncatedModel",
+        _ => "InvalidModel",
+    }
 }
 
 fn refused(reason: &str, message: &str) -> Answer {

@@ -223,8 +223,12 @@ impl Models {
                 if uri.len() > MAX_URI {
                     continue;
                 }
-                let Ok((file, bytes)) = self.open_beneath(model.path).await else {
-                    continue;
+                let (file, bytes) = match self.open_beneath(model.path).await {
+                    Ok(opened) => opened,
+                    Err(failure) => {
+                        now.insert(uri.clone(), (Stamp::default(), held(&uri, 0, Err(failure))));
+                        continue;
+                    }
                 };
                 let stamp = file.metadata().map(|m| stamp(&m)).unwrap_or_default();
                 let held = match known.remove(&uri) {
@@ -248,16 +252,21 @@ impl Models {
     }
 
     async fn look(&self, uri: &str, file: File, bytes: u64) -> HeldModel {
-        let (facts, error) = match self.read_header(file, bytes).await {
-            Ok(facts) => (Some(facts), None),
-            Err(failure) => (None, Some(clip(&failure.message, 256).to_owned())),
-        };
-        HeldModel {
-            uri: uri.to_owned(),
-            bytes: i64::try_from(bytes).unwrap_or(i64::MAX),
-            facts,
-            error,
-        }
+        held(uri, bytes, self.read_header(file, bytes).await)
+    }
+}
+
+fn held(uri: &str, bytes: u64, facts: Result<ModelFacts, Failure>) -> HeldModel {
+    let (facts, failure) = match facts {
+        Ok(facts) => (Some(facts), None),
+        Err(failure) => (None, Some(failure)),
+    };
+    HeldModel {
+        uri: uri.to_owned(),
+        bytes: i64::try_from(bytes).unwrap_or(i64::MAX),
+        facts,
+        error: failure.as_ref().map(|f| clip(&f.message, 256).to_owned()),
+        reason: failure.map(|f| f.reason),
     }
 }
 

@@ -110,7 +110,11 @@ pub struct HeldModel {
     /// What its header says; a hint until the digest is checked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub facts: Option<ModelFacts>,
-    /// Why its header can't be used.
+    /// Why it can't be used, one word.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 64), regex(pattern = r"^[A-Z][A-Za-z0-9]*$"))]
+    pub reason: Option<String>,
+    /// Why it can't be used, a sentence.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 256))]
     pub error: Option<String>,

@@ -1,6 +1,11 @@
 //! The node's profile is a ceiling and a job's own only tightens it, whatever the profiles say.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test ends by panicking")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test ends by panicking"
+)]
 
 use gogrid_api::effective::{EffectiveProfileError, Limits, NamedProfile, effective_profile};
 use gogrid_api::profile::{CONSERVATIVE, IoClass, ResourceProfileSpec, presets};
@@ -11,38 +16,63 @@ use std::collections::BTreeMap;
 type Labels = BTreeMap<String, String>;
 
 fn spec() -> impl Strategy<Value = ResourceProfileSpec> {
-    let io = prop_oneof![Just(IoClass::None), Just(IoClass::BestEffort), Just(IoClass::Idle)];
+    let io = prop_oneof![
+        Just(IoClass::None),
+        Just(IoClass::BestEffort),
+        Just(IoClass::Idle)
+    ];
     let bytes = || prop::option::of((0_u64..1 << 40).prop_map(|b| ByteQuantity::from(Bytes(b))));
     let selector = prop::option::of(prop::collection::btree_map("[ab]", "[xy]", 0..2));
-    (1..=100_i32, bytes(), bytes(), 1..=100_i32, 0..10_000_i64, -20..=19_i32, io, 0..=7_i32, 1..=256_i32, selector, 0..3_i32).prop_map(
-        |(vram, max, reserve, compute, interval, niceness, class, level, batch, selector, precedence)| {
-            let [(_, mut spec), ..] = presets();
-            spec.vram.max_percent = vram;
-            spec.vram.max = max;
-            spec.vram.reserve = reserve;
-            spec.compute.max_percent = compute;
-            spec.compute.min_request_interval_millis = interval;
-            spec.cpu.niceness = niceness;
-            spec.io.class = class;
-            spec.io.level = level;
-            spec.max_batch_size = batch;
-            spec.node_selector = selector;
-            spec.precedence = precedence;
-            spec
-        },
+    (
+        1..=100_i32,
+        bytes(),
+        bytes(),
+        1..=100_i32,
+        0..10_000_i64,
+        -20..=19_i32,
+        io,
+        0..=7_i32,
+        1..=256_i32,
+        selector,
+        0..3_i32,
     )
+        .prop_map(
+            |(vram, max, reserve, compute, interval, niceness, class, level, batch, selector, precedence)| {
+                let [(_, mut spec), ..] = presets();
+                spec.vram.max_percent = vram;
+                spec.vram.max = max;
+                spec.vram.reserve = reserve;
+                spec.compute.max_percent = compute;
+                spec.compute.min_request_interval_millis = interval;
+                spec.cpu.niceness = niceness;
+                spec.io.class = class;
+                spec.io.level = level;
+                spec.max_batch_size = batch;
+                spec.node_selector = selector;
+                spec.precedence = precedence;
+                spec
+            },
+        )
 }
 
 fn profiles() -> impl Strategy<Value = Vec<NamedProfile>> {
-    prop::collection::btree_map("[a-d]", spec(), 0..4)
-        .prop_map(|map| map.into_iter().map(|(name, spec)| NamedProfile { name, generation: 1, spec }).collect())
+    prop::collection::btree_map("[a-d]", spec(), 0..4).prop_map(|map| {
+        map.into_iter()
+            .map(|(name, spec)| NamedProfile {
+                name,
+                generation: 1,
+                spec,
+            })
+            .collect()
+    })
 }
 
 /// Whether `a` takes no more than `b` in any field.
 fn at_most(a: &Limits, b: &Limits) -> bool {
     let devices = [(0, 0), (1 << 30, 0), (24 << 30, 1 << 29)];
-    devices.iter().all(|(total, reserved)| a.vram_cap(Bytes(*total), Bytes(*reserved)) <= b.vram_cap(Bytes(*total), Bytes(*reserved)))
-        && a.compute_percent <= b.compute_percent
+    devices.iter().all(|(total, reserved)| {
+        a.vram_cap(Bytes(*total), Bytes(*reserved)) <= b.vram_cap(Bytes(*total), Bytes(*reserved))
+    }) && a.compute_percent <= b.compute_percent
         && a.request_interval >= b.request_interval
         && a.niceness >= b.niceness
         && a.io_class >= b.io_class
@@ -80,7 +110,14 @@ proptest! {
 }
 
 fn stored() -> Vec<NamedProfile> {
-    presets().into_iter().map(|(name, spec)| NamedProfile { name: name.into(), generation: 3, spec }).collect()
+    presets()
+        .into_iter()
+        .map(|(name, spec)| NamedProfile {
+            name: name.into(),
+            generation: 3,
+            spec,
+        })
+        .collect()
 }
 
 #[test]
@@ -99,7 +136,11 @@ fn the_highest_precedence_governs_and_of_equals_the_first_name() {
     for profile in &mut profiles {
         profile.spec.node_selector = Some(Labels::new());
     }
-    let governing = |profiles: &[NamedProfile]| effective_profile(profiles, &Labels::new(), None).unwrap().sources[0].0.clone();
+    let governing = |profiles: &[NamedProfile]| {
+        effective_profile(profiles, &Labels::new(), None).unwrap().sources[0]
+            .0
+            .clone()
+    };
     assert_eq!(governing(&profiles), "aggressive");
     profiles[1].spec.precedence = 1;
     assert_eq!(governing(&profiles), "default");
@@ -116,9 +157,13 @@ fn a_job_that_names_a_missing_profile_is_told_its_name() {
 fn what_is_not_enforced_yet_is_refused_by_name_and_value() {
     let mut profiles = stored();
     profiles[0].spec.cpu.weight = Some(7);
-    let error = effective_profile(&profiles, &Labels::new(), None).unwrap_err().to_string();
+    let error = effective_profile(&profiles, &Labels::new(), None)
+        .unwrap_err()
+        .to_string();
     assert!(error.contains("conservative"), "{error}");
-    let EffectiveProfileError::Invalid { source, .. } = effective_profile(&profiles, &Labels::new(), None).unwrap_err() else {
+    let EffectiveProfileError::Invalid { source, .. } =
+        effective_profile(&profiles, &Labels::new(), None).unwrap_err()
+    else {
         panic!("not refused");
     };
     assert!(source.to_string().contains("spec.cpu.weight = 7"), "{source}");
@@ -131,5 +176,10 @@ fn the_memory_cap_is_a_percentage_of_what_the_driver_leaves_less_the_reserve() {
     let limits = Limits::try_from(&spec).unwrap();
     assert_eq!(limits.vram_cap(Bytes(24 << 30), Bytes(2 << 30)), Bytes(10 << 30));
     spec.vram.max = Some(ByteQuantity("4Gi".into()));
-    assert_eq!(Limits::try_from(&spec).unwrap().vram_cap(Bytes(24 << 30), Bytes(0)), Bytes(3 << 30));
+    assert_eq!(
+        Limits::try_from(&spec)
+            .unwrap()
+            .vram_cap(Bytes(24 << 30), Bytes(0)),
+        Bytes(3 << 30)
+    );
 }

@@ -19,7 +19,7 @@ const INSPECTIONS: u32 = 20;
 /// What agents reported, by model.
 pub(crate) struct Models<'a> {
     by_digest: BTreeMap<(&'a str, &'a str), &'a ModelFacts>,
-    by_file: BTreeMap<String, Result<&'a ModelFacts, &'a str>>,
+    by_file: BTreeMap<String, Result<&'a ModelFacts, (&'a str, &'a str)>>,
     inspected: BTreeMap<(&'a str, &'a str), &'a str>,
 }
 
@@ -53,12 +53,13 @@ impl<'a> Models<'a> {
             .flat_map(|s| &s.models)
         {
             let key = canonical(&held.uri);
+            let word = held.reason.as_deref().unwrap_or("InvalidModel");
             match (&held.facts, &held.error) {
                 (Some(facts), _) => {
                     new.by_file.insert(key, Ok(facts));
                 }
                 (None, Some(error)) => {
-                    new.by_file.entry(key).or_insert(Err(error));
+                    new.by_file.entry(key).or_insert(Err((word, error)));
                 }
                 (None, None) => {}
             }
@@ -80,9 +81,12 @@ impl<'a> Models<'a> {
             Some(facts) => Some(*facts),
             None => match self.by_file.get(&canonical(uri)) {
                 Some(Ok(facts)) => Some(*facts),
-                Some(Err(error)) => {
-                    let message = format!("{uri} can't be used: {error}");
-                    return (ModelState::Waiting(Reason::UnsupportedModel { message }), None);
+                Some(Err((word, error))) => {
+                    let refused = Reason::ModelRefused {
+                        word: (*word).to_owned(),
+                        message: format!("{uri} can't be used: {error}"),
+                    };
+                    return (ModelState::Waiting(refused), None);
                 }
                 None => None,
             },

@@ -16,8 +16,8 @@ use kube::{Client, ResourceExt as _};
 use serde_json::{Value, json};
 
 use crate::chart;
-use crate::jobs;
 use crate::controlplane::ControlPlane;
+use crate::jobs;
 use crate::process::Process;
 use crate::wait::eventually;
 
@@ -42,7 +42,9 @@ impl ClusterOptions {
     /// That many nodes `node-1`… under the `aggressive` profile, with short leases and the committed models.
     pub fn quick(nodes: usize) -> Self {
         Self {
-            nodes: (1..=nodes).map(|n| (format!("node-{n}"), Some("aggressive".to_owned()))).collect(),
+            nodes: (1..=nodes)
+                .map(|n| (format!("node-{n}"), Some("aggressive".to_owned())))
+                .collect(),
             lease_seconds: 4,
             model_roots: vec![jobs::model_root()],
             agent_args: vec![],
@@ -87,7 +89,12 @@ impl Cluster {
     pub async fn start(control: Arc<ControlPlane>, options: ClusterOptions) -> Result<Self> {
         let cluster = Self::install(control, options).await?;
         cluster.start_operator(&[])?;
-        let nodes: Vec<String> = cluster.options.nodes.iter().map(|(name, _)| name.clone()).collect();
+        let nodes: Vec<String> = cluster
+            .options
+            .nodes
+            .iter()
+            .map(|(name, _)| name.clone())
+            .collect();
         for node in &nodes {
             cluster.start_agent(node)?;
         }
@@ -105,12 +112,19 @@ impl Cluster {
         let operator_kubeconfig = control.kubeconfig_for_token("operator", &operator_token)?;
         let mut agent_kubeconfigs = BTreeMap::new();
         for (node, profile) in &options.nodes {
-            let label: Vec<(&str, &str)> =
-                profile.iter().map(|p| (gogrid_api::names::PROFILE_NODE_LABEL, p.as_str())).collect();
+            let label: Vec<(&str, &str)> = profile
+                .iter()
+                .map(|p| (gogrid_api::names::PROFILE_NODE_LABEL, p.as_str()))
+                .collect();
             control.create_node_with(node, &label, &[]).await?;
             let pod = control.create_agent_pod(node, NAMESPACE, chart::AGENT).await?;
-            let token = control.token_bound_to_pod(NAMESPACE, chart::AGENT, &pod.name_any()).await?;
-            agent_kubeconfigs.insert(node.clone(), control.kubeconfig_for_token(&format!("agent-{node}"), &token)?);
+            let token = control
+                .token_bound_to_pod(NAMESPACE, chart::AGENT, &pod.name_any())
+                .await?;
+            agent_kubeconfigs.insert(
+                node.clone(),
+                control.kubeconfig_for_token(&format!("agent-{node}"), &token)?,
+            );
         }
         Ok(Self {
             control,
@@ -126,12 +140,24 @@ impl Cluster {
     /// Starts an operator under the chart's service account, with these flags besides the usual ones.
     pub fn start_operator(&self, more: &[&str]) -> Result<Arc<Process>> {
         let mut command = Command::new(program("gogrid-operator")?);
-        command.args(["--namespace", NAMESPACE, "--metrics-addr", "127.0.0.1:0", "--log-format", "text"]);
-        command.arg("--lease-duration-seconds").arg(self.options.lease_seconds.to_string());
+        command.args([
+            "--namespace",
+            NAMESPACE,
+            "--metrics-addr",
+            "127.0.0.1:0",
+            "--log-format",
+            "text",
+        ]);
+        command
+            .arg("--lease-duration-seconds")
+            .arg(self.options.lease_seconds.to_string());
         for root in &self.options.model_roots {
             command.arg("--model-root").arg(root);
         }
-        command.args(more).env("KUBECONFIG", &self.operator_kubeconfig).env("RUST_BACKTRACE", "1");
+        command
+            .args(more)
+            .env("KUBECONFIG", &self.operator_kubeconfig)
+            .env("RUST_BACKTRACE", "1");
         self.launch("operator", command)
     }
 
@@ -145,15 +171,34 @@ impl Cluster {
         let mut command = Command::new(program("gogrid-agent")?);
         let state = self.agent_dir(node);
         std::fs::create_dir_all(&state)?;
-        command.args(["--node-name", node, "--namespace", NAMESPACE, "--metrics-addr", "127.0.0.1:0"]);
-        command.args(["--log-format", "text"]).arg("--state-dir").arg(&state);
+        command.args([
+            "--node-name",
+            node,
+            "--namespace",
+            NAMESPACE,
+            "--metrics-addr",
+            "127.0.0.1:0",
+        ]);
+        command
+            .args(["--log-format", "text"])
+            .arg("--state-dir")
+            .arg(&state);
         command.arg("--worker-binary").arg(program("gogrid-worker")?);
-        command.arg("--lease-duration-seconds").arg(self.options.lease_seconds.to_string());
+        command
+            .arg("--lease-duration-seconds")
+            .arg(self.options.lease_seconds.to_string());
         for root in &self.options.model_roots {
             command.arg("--model-root").arg(root);
         }
-        let kubeconfig = self.agent_kubeconfigs.get(node).with_context(|| format!("no node {node}"))?;
-        command.args(&self.options.agent_args).args(more).env("KUBECONFIG", kubeconfig).env("RUST_BACKTRACE", "1");
+        let kubeconfig = self
+            .agent_kubeconfigs
+            .get(node)
+            .with_context(|| format!("no node {node}"))?;
+        command
+            .args(&self.options.agent_args)
+            .args(more)
+            .env("KUBECONFIG", kubeconfig)
+            .env("RUST_BACKTRACE", "1");
         self.launch(node, command)
     }
 
@@ -177,12 +222,18 @@ impl Cluster {
 
     /// The process started last under that name: `operator`, or a node's.
     pub fn process(&self, name: &str) -> Result<Arc<Process>> {
-        self.processes().get(name).cloned().with_context(|| format!("no process {name}"))
+        self.processes()
+            .get(name)
+            .cloned()
+            .with_context(|| format!("no process {name}"))
     }
 
     /// The last lines of every program's log, for a message about something that went wrong.
     pub fn log_tails(&self, lines: usize) -> String {
-        self.processes().iter().map(|(name, p)| format!("--- {name}:\n{}\n", p.log_tail(lines))).collect()
+        self.processes()
+            .iter()
+            .map(|(name, p)| format!("--- {name}:\n{}\n", p.log_tail(lines)))
+            .collect()
     }
 
     /// Waits until that node's GpuNode says Ready and its Lease is held.
@@ -194,7 +245,11 @@ impl Cluster {
                 bail!("its agent has ended: {}", process.log_tail(20));
             }
             let status = nodes.get(node).await?.status.unwrap_or_default();
-            ensure!(condition::is_true(&status.conditions, "Ready"), "conditions {:?}", status.conditions);
+            ensure!(
+                condition::is_true(&status.conditions, "Ready"),
+                "conditions {:?}",
+                status.conditions
+            );
             Ok(())
         })
         .await
@@ -212,11 +267,20 @@ impl Cluster {
             "apiVersion": "gogrid.dev/v1alpha1", "kind": "InferenceJob",
             "metadata": {"name": name, "namespace": namespace}, "spec": spec,
         }))?;
-        self.jobs(namespace).create(&PostParams::default(), &job).await.with_context(|| format!("creating job {name}"))
+        self.jobs(namespace)
+            .create(&PostParams::default(), &job)
+            .await
+            .with_context(|| format!("creating job {name}"))
     }
 
     /// Waits until a job's condition of that type carries that reason, and returns the job.
-    pub async fn until_reason(&self, job: &InferenceJob, type_: &str, reason: &str, within: Duration) -> Result<InferenceJob> {
+    pub async fn until_reason(
+        &self,
+        job: &InferenceJob,
+        type_: &str,
+        reason: &str,
+        within: Duration,
+    ) -> Result<InferenceJob> {
         let what = format!("{} to be {type_}/{reason}", job.name_any());
         self.until(job, &what, within, |job| {
             let status = job.status.clone().unwrap_or_default();
@@ -230,16 +294,21 @@ impl Cluster {
 
     /// Waits until a job is Finished, either way, and returns it.
     pub async fn until_finished(&self, job: &InferenceJob, within: Duration) -> Result<InferenceJob> {
-        self.until(job, &format!("{} to be Finished", job.name_any()), within, |job| {
-            let status = job.status.clone().unwrap_or_default();
-            ensure!(
-                condition::is_true(&status.conditions, "Finished"),
-                "progress {:?}, conditions: {}",
-                status.progress.map(|p| p.display),
-                short(&status.conditions)
-            );
-            Ok(())
-        })
+        self.until(
+            job,
+            &format!("{} to be Finished", job.name_any()),
+            within,
+            |job| {
+                let status = job.status.clone().unwrap_or_default();
+                ensure!(
+                    condition::is_true(&status.conditions, "Finished"),
+                    "progress {:?}, conditions: {}",
+                    status.progress.map(|p| p.display),
+                    short(&status.conditions)
+                );
+                Ok(())
+            },
+        )
         .await
     }
 
@@ -263,17 +332,29 @@ impl Cluster {
 
     /// The published results of a finished job, one JSON value a record.
     pub async fn results(&self, job: &InferenceJob) -> Result<Vec<Value>> {
-        let name = job.spec.output.config_map.clone().context("the job has no output ConfigMap")?;
+        let name = job
+            .spec
+            .output
+            .config_map
+            .clone()
+            .context("the job has no output ConfigMap")?;
         let maps: Api<k8s_openapi::api::core::v1::ConfigMap> =
             Api::namespaced(self.client.clone(), &job.namespace().unwrap_or_default());
         let data = maps.get(&name).await?.data.unwrap_or_default();
-        let text = data.get(gogrid_api::names::RESULTS_KEY).context("no results.jsonl in it")?;
-        text.lines().map(|line| serde_json::from_str(line).with_context(|| line.to_owned())).collect()
+        let text = data
+            .get(gogrid_api::names::RESULTS_KEY)
+            .context("no results.jsonl in it")?;
+        text.lines()
+            .map(|line| serde_json::from_str(line).with_context(|| line.to_owned()))
+            .collect()
     }
 }
 
 fn short(conditions: &[gogrid_api::Condition]) -> String {
-    conditions.iter().map(|c| format!("{}={:?}/{} ({}); ", c.type_, c.status, c.reason, c.message)).collect()
+    conditions
+        .iter()
+        .map(|c| format!("{}={:?}/{} ({}); ", c.type_, c.status, c.reason, c.message))
+        .collect()
 }
 
 /// One record in the OpenAI Batch shape.
@@ -287,7 +368,9 @@ pub fn record(id: &str, prompt: &str, max_tokens: u32) -> String {
 
 /// The answer's text in one result, if it has one.
 pub fn answer(result: &Value) -> Option<&str> {
-    result.pointer("/response/body/choices/0/message/content")?.as_str()
+    result
+        .pointer("/response/body/choices/0/message/content")?
+        .as_str()
 }
 
 /// Runs a test on the one runtime of its binary, so that clients and the shared cluster may outlive a single test.
@@ -297,7 +380,11 @@ pub fn on_runtime<T>(test: impl Future<Output = T>) -> T {
         .get_or_init(|| {
             let mut builder = tokio::runtime::Builder::new_multi_thread();
             #[expect(clippy::expect_used, reason = "a test without a runtime has nothing to say")]
-            builder.worker_threads(2).enable_all().build().expect("a tokio runtime")
+            builder
+                .worker_threads(2)
+                .enable_all()
+                .build()
+                .expect("a tokio runtime")
         })
         .block_on(test)
 }

@@ -18,18 +18,27 @@ impl Questions {
     /// That many held-out questions; another seed, other questions.
     pub fn new(seed: u64, count: usize) -> Self {
         let prompts = demo::prompts(seed, count, demo::Split::HeldOut);
-        let asked = prompts.into_iter().enumerate().map(|(n, (prompt, right))| (format!("q{n}"), prompt, right)).collect();
+        let asked = prompts
+            .into_iter()
+            .enumerate()
+            .map(|(n, (prompt, right))| (format!("q{n}"), prompt, right))
+            .collect();
         Self { asked }
     }
 
     /// `custom_id`, prompt and right answer of each.
     pub fn asked(&self) -> impl Iterator<Item = (&str, &str, &str)> {
-        self.asked.iter().map(|(id, prompt, right)| (id.as_str(), prompt.as_str(), right.as_str()))
+        self.asked
+            .iter()
+            .map(|(id, prompt, right)| (id.as_str(), prompt.as_str(), right.as_str()))
     }
 
     /// The records, one JSON line each.
     pub fn lines(&self) -> Vec<String> {
-        self.asked.iter().map(|(id, prompt, _)| record(id, prompt, 32)).collect()
+        self.asked
+            .iter()
+            .map(|(id, prompt, _)| record(id, prompt, 32))
+            .collect()
     }
 
     /// How many results carry the right answer; every record must be there exactly once.
@@ -37,7 +46,12 @@ impl Questions {
     /// # Errors
     /// A record is missing, comes twice or is none of these.
     pub fn right(&self, results: &[Value]) -> Result<usize> {
-        ensure!(results.len() == self.asked.len(), "{} results for {} records", results.len(), self.asked.len());
+        ensure!(
+            results.len() == self.asked.len(),
+            "{} results for {} records",
+            results.len(),
+            self.asked.len()
+        );
         let mut right = 0;
         for (id, _, wanted) in &self.asked {
             let mut of_this = results.iter().filter(|r| r["custom_id"] == json!(id));
@@ -51,7 +65,10 @@ impl Questions {
 
 /// The folder of the committed models.
 pub fn model_root() -> PathBuf {
-    demo::demo_model_path(demo::Quant::Q8_0).parent().map(Path::to_owned).unwrap_or_default()
+    demo::demo_model_path(demo::Quant::Q8_0)
+        .parent()
+        .map(Path::to_owned)
+        .unwrap_or_default()
 }
 
 /// SHA-256 of a file, in hexadecimal digits.

@@ -43,7 +43,9 @@ fn spawn(command: Command) -> Result<Child> {
         sender
     });
     let (reply, answer) = mpsc::channel();
-    spawner.send(Request { command, reply }).map_err(|_closed| anyhow!("the spawning thread has ended"))?;
+    spawner
+        .send(Request { command, reply })
+        .map_err(|_closed| anyhow!("the spawning thread has ended"))?;
     Ok(answer.recv().context("the spawning thread has ended")??)
 }
 
@@ -80,12 +82,22 @@ impl Process {
             .append(true)
             .open(log)
             .with_context(|| format!("opening {}", log.display()))?;
-        command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output).process_group(0);
+        command
+            .stdin(Stdio::null())
+            .stdout(output.try_clone()?)
+            .stderr(output)
+            .process_group(0);
         sys::die_with_spawner(&mut command);
         let child = spawn(command).with_context(|| format!("starting {name}"))?;
         let group = Pid::from_child(&child);
         let pidfd = pidfd_open(group, PidfdFlags::empty()).context("opening the child's pidfd")?;
-        Ok(Self { name: name.to_owned(), log: log.to_owned(), group, pidfd, child: Mutex::new(Some(child)) })
+        Ok(Self {
+            name: name.to_owned(),
+            log: log.to_owned(),
+            group,
+            pidfd,
+            child: Mutex::new(Some(child)),
+        })
     }
 
     /// What it was called when it was started.
@@ -109,7 +121,10 @@ impl Process {
         child.as_ref()?;
         let look = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
         let status = waitid(WaitId::Pid(self.group), look).ok()??;
-        status.exit_status().map(Exit::Code).or_else(|| status.terminating_signal().map(Exit::Signal))
+        status
+            .exit_status()
+            .map(Exit::Code)
+            .or_else(|| status.terminating_signal().map(Exit::Signal))
     }
 
     /// Sends `signal` to the process itself; not an error when it has ended.
@@ -130,7 +145,9 @@ impl Process {
 
     /// Kills its whole group at once and reaps it. Blocks for the moment that takes; safe to call twice.
     pub fn kill(&self) {
-        let Some(mut child) = self.child().take() else { return };
+        let Some(mut child) = self.child().take() else {
+            return;
+        };
         // Fails only when nobody is left in the group.
         let _ = kill_process_group(self.group, Signal::KILL);
         let _ = child.wait();
@@ -138,15 +155,20 @@ impl Process {
 
     /// Everything it has written so far.
     pub fn log(&self) -> String {
-        std::fs::read(&self.log)
-            .map_or_else(|error| format!("no log: {error}"), |bytes| String::from_utf8_lossy(&bytes).into_owned())
+        std::fs::read(&self.log).map_or_else(
+            |error| format!("no log: {error}"),
+            |bytes| String::from_utf8_lossy(&bytes).into_owned(),
+        )
     }
 
     /// The last `count` lines of its log.
     pub fn log_tail(&self, count: usize) -> String {
         let log = self.log();
         let lines: Vec<&str> = log.lines().collect();
-        lines.get(lines.len().saturating_sub(count)..).unwrap_or_default().join("\n")
+        lines
+            .get(lines.len().saturating_sub(count)..)
+            .unwrap_or_default()
+            .join("\n")
     }
 
     fn child(&self) -> MutexGuard<'_, Option<Child>> {
@@ -157,7 +179,10 @@ impl Process {
         let mut watched = [PollFd::new(&self.pidfd, PollFlags::IN)];
         let limit = Timespec::try_from(limit).ok();
         // Interrupted: the time starts anew, which only a stopped debugger makes longer.
-        matches!(rustix::io::retry_on_intr(|| poll(&mut watched, limit.as_ref())), Ok(1..))
+        matches!(
+            rustix::io::retry_on_intr(|| poll(&mut watched, limit.as_ref())),
+            Ok(1..)
+        )
     }
 }
 
@@ -191,14 +216,19 @@ mod tests {
         process.stop(Duration::from_millis(100));
         assert!(!process.is_running());
         let state = std::fs::read_to_string(format!("/proc/{}/stat", sleeper.as_raw_nonzero()));
-        assert!(state.is_err() || state.unwrap().contains(") Z "), "the grandchild lives on");
+        assert!(
+            state.is_err() || state.unwrap().contains(") Z "),
+            "the grandchild lives on"
+        );
     }
 
     #[test]
     fn a_process_outlives_the_thread_that_asked_for_it() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().to_owned();
-        let process = std::thread::spawn(move || shell("sleep 1000", &path)).join().unwrap();
+        let process = std::thread::spawn(move || shell("sleep 1000", &path))
+            .join()
+            .unwrap();
         assert!(!process.ended_within(Duration::from_millis(200)));
     }
 

@@ -15,17 +15,33 @@ pub struct Seen {
     pub command: String,
 }
 
-/// All processes that can be read now.
+/// All processes that can be read now, neither zombies nor kernel threads among them.
 pub fn processes() -> Result<Vec<Seen>> {
     let mut seen = vec![];
     for entry in std::fs::read_dir("/proc")? {
         let entry = entry?;
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
+            continue;
+        };
         // A process may end while it is looked at.
-        let Ok(command) = std::fs::read(entry.path().join("cmdline")) else { continue };
-        let Some(parent) = stat_field(&entry.path(), 4) else { continue };
-        let command = String::from_utf8_lossy(&command).trim_end_matches('\0').replace('\0', " ");
-        seen.push(Seen { pid, parent: u32::try_from(parent)?, command });
+        let Ok(command) = std::fs::read(entry.path().join("cmdline")) else {
+            continue;
+        };
+        let Some(parent) = stat_field(&entry.path(), 4) else {
+            continue;
+        };
+        // A zombie runs nothing any more; whether it is reaped is its parent's business.
+        if command.is_empty() {
+            continue;
+        }
+        let command = String::from_utf8_lossy(&command)
+            .trim_end_matches('\0')
+            .replace('\0', " ");
+        seen.push(Seen {
+            pid,
+            parent: u32::try_from(parent)?,
+            command,
+        });
     }
     Ok(seen)
 }
@@ -41,31 +57,46 @@ fn stat_field(dir: &Path, number: usize) -> Option<i64> {
 pub fn workers_of(ancestor: u32) -> Result<Vec<Seen>> {
     let all = processes()?;
     let parent_of = |pid: u32| all.iter().find(|p| p.pid == pid).map(|p| p.parent);
-    let below = |pid: u32| std::iter::successors(Some(pid), |p| parent_of(*p)).take(32).any(|p| p == ancestor);
-    Ok(all.iter().filter(|p| p.command.contains("gogrid-worker worker") && below(p.pid)).cloned().collect())
+    let below = |pid: u32| {
+        std::iter::successors(Some(pid), |p| parent_of(*p))
+            .take(32)
+            .any(|p| p == ancestor)
+    };
+    Ok(all
+        .iter()
+        .filter(|p| p.command.contains("gogrid-worker worker") && below(p.pid))
+        .cloned()
+        .collect())
 }
 
 /// Numbers of a process's threads.
 pub fn threads(pid: u32) -> Result<Vec<u32>> {
-    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).with_context(|| format!("process {pid} is gone"))?;
-    tasks.map(|task| Ok(task?.file_name().to_string_lossy().parse()?)).collect()
+    let tasks =
+        std::fs::read_dir(format!("/proc/{pid}/task")).with_context(|| format!("process {pid} is gone"))?;
+    tasks
+        .map(|task| Ok(task?.file_name().to_string_lossy().parse()?))
+        .collect()
 }
 
 /// Nice value of one thread.
 pub fn niceness(pid: u32, thread: u32) -> Result<i64> {
-    stat_field(Path::new(&format!("/proc/{pid}/task/{thread}")), 19).with_context(|| format!("thread {thread} is gone"))
+    stat_field(Path::new(&format!("/proc/{pid}/task/{thread}")), 19)
+        .with_context(|| format!("thread {thread} is gone"))
 }
 
 /// CPU time that a process has used in clock ticks (100 a second), user and system.
 pub fn cpu_ticks(pid: u32) -> Result<i64> {
     let dir = format!("/proc/{pid}");
-    let field = |number| stat_field(Path::new(&dir), number).with_context(|| format!("process {pid} is gone"));
+    let field =
+        |number| stat_field(Path::new(&dir), number).with_context(|| format!("process {pid} is gone"));
     Ok(field(14)? + field(15)?)
 }
 
 /// `oom_score_adj` of a process.
 pub fn oom_score_adj(pid: u32) -> Result<i64> {
-    Ok(std::fs::read_to_string(format!("/proc/{pid}/oom_score_adj"))?.trim().parse()?)
+    Ok(std::fs::read_to_string(format!("/proc/{pid}/oom_score_adj"))?
+        .trim()
+        .parse()?)
 }
 
 /// I/O priority of a thread: class << 13 | level.

@@ -14,7 +14,11 @@ pub(crate) fn die_with_spawner(command: &mut Command) {
     let hook = move || {
         set_parent_process_death_signal(Some(Signal::KILL))?;
         // The parent may have died before the line above took effect; then nobody would ever send the signal.
-        if getppid() == Some(parent) { Ok(()) } else { Err(io::Error::from(rustix::io::Errno::SRCH)) }
+        if getppid() == Some(parent) {
+            Ok(())
+        } else {
+            Err(io::Error::from(rustix::io::Errno::SRCH))
+        }
     };
     // SAFETY: between fork and exec the hook makes two system calls and builds an error from a number: it takes no
     // lock and allocates nothing, so it is sound in the child of a process with many threads.
@@ -34,12 +38,21 @@ pub(crate) fn io_priority(thread: u32) -> io::Result<i64> {
     const IOPRIO_WHO_PROCESS: libc::c_int = 1;
     // SAFETY: takes two integers and touches no memory of ours.
     let answer = unsafe { libc::syscall(libc::SYS_ioprio_get, IOPRIO_WHO_PROCESS, thread) };
-    if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(answer) }
+    if answer < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(answer)
+    }
 }
 
 /// From now on the kernel answers "done" to these system calls of this process and its children, and does nothing.
 pub(crate) fn feign(calls: &[i64]) -> io::Result<()> {
-    let statement = |code, k| libc::sock_filter { code, jt: 0, jf: 0, k };
+    let statement = |code, k| libc::sock_filter {
+        code,
+        jt: 0,
+        jf: 0,
+        k,
+    };
     let code = |parts: u32| u16::try_from(parts).map_err(io::Error::other);
     let load = code(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS)?;
     let jump = code(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K)?;
@@ -47,16 +60,32 @@ pub(crate) fn feign(calls: &[i64]) -> io::Result<()> {
     let mut filter = vec![statement(load, 0)];
     for call in calls {
         let k = u32::try_from(*call).map_err(io::Error::other)?;
-        filter.push(libc::sock_filter { code: jump, jt: 0, jf: 1, k });
+        filter.push(libc::sock_filter {
+            code: jump,
+            jt: 0,
+            jf: 1,
+            k,
+        });
         filter.push(statement(answer, libc::SECCOMP_RET_ERRNO));
     }
     filter.push(statement(answer, libc::SECCOMP_RET_ALLOW));
     let len = u16::try_from(filter.len()).map_err(io::Error::other)?;
-    let program = libc::sock_fprog { len, filter: filter.as_mut_ptr() };
+    let program = libc::sock_fprog {
+        len,
+        filter: filter.as_mut_ptr(),
+    };
     // SAFETY: `program` points at `filter`, which lives until after the calls; the kernel copies it.
     let installed = unsafe {
         libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
-            && libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program) == 0
+            && libc::prctl(
+                libc::PR_SET_SECCOMP,
+                libc::SECCOMP_MODE_FILTER,
+                &raw const program,
+            ) == 0
     };
-    if installed { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if installed {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }

@@ -61,9 +61,14 @@ mod tests {
 
     #[tokio::test]
     async fn a_wait_that_fails_says_what_was_missing_and_what_was_seen_last() {
-        let outcome: Result<()> =
-            eventually(Duration::from_millis(50), "the kettle", || async { Err(anyhow!("still cold")) }).await;
-        assert_eq!(format!("{:#}", outcome.unwrap_err()), "waited 50ms for the kettle: still cold");
+        let outcome: Result<()> = eventually(Duration::from_millis(50), "the kettle", || async {
+            Err(anyhow!("still cold"))
+        })
+        .await;
+        assert_eq!(
+            format!("{:#}", outcome.unwrap_err()),
+            "waited 50ms for the kettle: still cold"
+        );
     }
 
     #[tokio::test]
@@ -82,6 +87,9 @@ mod tests {
             async move { if quiet { Ok(()) } else { Err(anyhow!("a sound")) } }
         })
         .await;
-        assert_eq!(format!("{:#}", outcome.unwrap_err()), "silence should have held for 5s: a sound");
+        assert_eq!(
+            format!("{:#}", outcome.unwrap_err()),
+            "silence should have held for 5s: a sound"
+        );
     }
 }

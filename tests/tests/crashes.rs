@@ -27,10 +27,18 @@ async fn cluster() -> Result<Arc<Cluster>> {
     Ok(Arc::clone(started.await?))
 }
 
-async fn finished_right(cluster: &Cluster, job: &InferenceJob, questions: &Questions) -> Result<InferenceJob> {
+async fn finished_right(
+    cluster: &Cluster,
+    job: &InferenceJob,
+    questions: &Questions,
+) -> Result<InferenceJob> {
     let job = cluster.until_finished(job, LONG).await?;
     let status = job.status.clone().unwrap_or_default();
-    ensure!(condition::is_true(&status.conditions, "Succeeded"), "{:?}", status.conditions);
+    ensure!(
+        condition::is_true(&status.conditions, "Succeeded"),
+        "{:?}",
+        status.conditions
+    );
     questions.right(&cluster.results(&job).await?)?;
     Ok(job)
 }
@@ -47,7 +55,9 @@ fn an_operator_killed_before_or_after_any_of_its_writes_finishes_every_job_and_r
                 let doomed = cluster.start_operator(&["--fault", &fault])?;
                 let name = format!("{moment}-{write}");
                 let questions = Questions::new(u64::from(write), 6);
-                let job = cluster.create_job("default", &name, spec(&questions.lines(), &name)?).await?;
+                let job = cluster
+                    .create_job("default", &name, spec(&questions.lines(), &name)?)
+                    .await?;
                 let jobs = cluster.jobs("default");
                 let died = eventually(LONG, "the operator to die or the job to finish", || async {
                     let status = jobs.get(&name).await?.status.unwrap_or_default();
@@ -61,7 +71,9 @@ fn an_operator_killed_before_or_after_any_of_its_writes_finishes_every_job_and_r
                     kills += 1;
                     cluster.start_operator(&[])?;
                 }
-                finished_right(&cluster, &job, &questions).await.with_context(|| fault.clone())?;
+                finished_right(&cluster, &job, &questions)
+                    .await
+                    .with_context(|| fault.clone())?;
                 jobs.delete(&name, &DeleteParams::default()).await?;
                 if !died {
                     println!("{moment}: the job needs {} writes", write - 1);
@@ -75,7 +87,11 @@ fn an_operator_killed_before_or_after_any_of_its_writes_finishes_every_job_and_r
     })
 }
 
-async fn slow_job_with_a_worker(cluster: &Cluster, name: &str, node: Option<&str>) -> Result<(InferenceJob, Questions, String)> {
+async fn slow_job_with_a_worker(
+    cluster: &Cluster,
+    name: &str,
+    node: Option<&str>,
+) -> Result<(InferenceJob, Questions, String)> {
     let questions = Questions::new(3, 120);
     let mut spec = spec(&questions.lines(), name)?;
     spec["profileName"] = json!("conservative");
@@ -86,16 +102,26 @@ async fn slow_job_with_a_worker(cluster: &Cluster, name: &str, node: Option<&str
     let job = cluster
         .until(&job, "the job to be Loaded", LONG, |job| {
             let status = job.status.clone().unwrap_or_default();
-            ensure!(condition::is_true(&status.conditions, "Loaded"), "{:?}", status.conditions);
+            ensure!(
+                condition::is_true(&status.conditions, "Loaded"),
+                "{:?}",
+                status.conditions
+            );
             Ok(())
         })
         .await?;
-    let node = job.status.clone().and_then(|s| s.placement).context("no placement")?.node_name;
+    let node = job
+        .status
+        .clone()
+        .and_then(|s| s.placement)
+        .context("no placement")?
+        .node_name;
     Ok((job, questions, node))
 }
 
 #[test]
-fn an_agent_killed_and_restarted_has_no_worker_within_a_second_and_its_job_a_new_epoch_within_ten() -> Result<()> {
+fn an_agent_killed_and_restarted_has_no_worker_within_a_second_and_its_job_a_new_epoch_within_ten()
+-> Result<()> {
     on_runtime(async {
         let cluster = cluster().await?;
         let (job, questions, node) = slow_job_with_a_worker(&cluster, "agent-restarted", None).await?;
@@ -105,7 +131,10 @@ fn an_agent_killed_and_restarted_has_no_worker_within_a_second_and_its_job_a_new
         cluster.process(&node)?.signal(rustix::process::Signal::KILL)?;
         let killed = Instant::now();
         eventually(Duration::from_secs(1), "its workers to be gone", || async {
-            let left: Vec<_> = procfs::processes()?.into_iter().filter(|p| workers.iter().any(|w| w.pid == p.pid)).collect();
+            let left: Vec<_> = procfs::processes()?
+                .into_iter()
+                .filter(|p| workers.iter().any(|w| w.pid == p.pid))
+                .collect();
             ensure!(left.is_empty(), "{left:?}");
             Ok(())
         })
@@ -119,9 +148,16 @@ fn an_agent_killed_and_restarted_has_no_worker_within_a_second_and_its_job_a_new
                 Ok(())
             })
             .await?;
-        println!("workers gone after {} ms, new epoch after {} ms", gone.as_millis(), killed.elapsed().as_millis());
+        println!(
+            "workers gone after {} ms, new epoch after {} ms",
+            gone.as_millis(),
+            killed.elapsed().as_millis()
+        );
         finished_right(&cluster, &again, &questions).await?;
-        cluster.jobs("default").delete(&job.name_any(), &DeleteParams::default()).await?;
+        cluster
+            .jobs("default")
+            .delete(&job.name_any(), &DeleteParams::default())
+            .await?;
         Ok(())
     })
 }
@@ -137,16 +173,29 @@ fn a_job_whose_agent_stays_down_is_placed_elsewhere_after_the_lease() -> Result<
             .until(&job, "another node", LONG, |job| {
                 let status = job.status.clone().unwrap_or_default();
                 let now = status.placement.map(|p| p.node_name).unwrap_or_default();
-                ensure!(status.epoch == 2 && now != node, "epoch {} on {now}", status.epoch);
+                ensure!(
+                    status.epoch == 2 && now != node,
+                    "epoch {} on {now}",
+                    status.epoch
+                );
                 Ok(())
             })
             .await?;
         let after = killed.elapsed();
-        println!("placed elsewhere {:.1} s after the kill (lease 4 s, scaled)", after.as_secs_f64());
+        println!(
+            "placed elsewhere {:.1} s after the kill (lease 4 s, scaled)",
+            after.as_secs_f64()
+        );
         // Replaced only after the lease and the drift margin since the last renewal that the operator saw.
-        ensure!(after >= Duration::from_millis(3_500), "{after:?}: before the lease can have run out");
+        ensure!(
+            after >= Duration::from_millis(3_500),
+            "{after:?}: before the lease can have run out"
+        );
         finished_right(&cluster, &moved, &questions).await?;
-        cluster.jobs("default").delete(&job.name_any(), &DeleteParams::default()).await?;
+        cluster
+            .jobs("default")
+            .delete(&job.name_any(), &DeleteParams::default())
+            .await?;
         cluster.start_agent(&node)?;
         cluster.until_node_ready(&node).await
     })

@@ -13,7 +13,10 @@ const SPAN: Duration = Duration::from_secs(20);
 
 fn ours(events: Vec<AuditEvent>) -> Vec<AuditEvent> {
     let prefix = format!("system:serviceaccount:{NAMESPACE}:");
-    events.into_iter().filter(|e| e.user.starts_with(&prefix) && e.resource != "leases").collect()
+    events
+        .into_iter()
+        .filter(|e| e.user.starts_with(&prefix) && e.resource != "leases")
+        .collect()
 }
 
 #[test]
@@ -24,7 +27,9 @@ fn three_idle_agents_and_five_finished_jobs_cause_no_write_but_leases() -> Resul
         for n in 0..5 {
             let name = format!("idle-{n}");
             let questions = Questions::new(n, 5);
-            let job = cluster.create_job("default", &name, spec(&questions.lines(), &name)?).await?;
+            let job = cluster
+                .create_job("default", &name, spec(&questions.lines(), &name)?)
+                .await?;
             cluster.until_finished(&job, Duration::from_secs(60)).await?;
         }
         let quiet = Duration::from_secs(6);
@@ -32,7 +37,12 @@ fn three_idle_agents_and_five_finished_jobs_cause_no_write_but_leases() -> Resul
             let from = control.now();
             tokio::time::sleep(quiet).await;
             let writes = ours(control.audit_writes(from, control.now())?);
-            ensure!(writes.is_empty(), "{} writes, first {:?}", writes.len(), writes.first());
+            ensure!(
+                writes.is_empty(),
+                "{} writes, first {:?}",
+                writes.len(),
+                writes.first()
+            );
             Ok(())
         })
         .await?;

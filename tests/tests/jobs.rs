@@ -28,22 +28,34 @@ async fn cluster() -> Result<Arc<Cluster>> {
 
 /// For each result: when it began and ended, and how many sequences were decoded with it, by the worker's stamps.
 fn stamps(results: &[Value]) -> Vec<(i64, i64, i64)> {
-    let number = |r: &Value, key: &str| r.pointer(&format!("/response/body/gogrid/{key}")).and_then(Value::as_i64);
+    let number = |r: &Value, key: &str| {
+        r.pointer(&format!("/response/body/gogrid/{key}"))
+            .and_then(Value::as_i64)
+    };
     results
         .iter()
-        .filter_map(|r| Some((number(r, "startedMicros")?, number(r, "finishedMicros")?, number(r, "batch")?)))
+        .filter_map(|r| {
+            Some((
+                number(r, "startedMicros")?,
+                number(r, "finishedMicros")?,
+                number(r, "batch")?,
+            ))
+        })
         .collect()
 }
 
 #[test]
-fn twenty_jobs_on_three_agents_all_finish_right_and_batches_fill_to_the_profiles_limit_and_no_further() -> Result<()> {
+fn twenty_jobs_on_three_agents_all_finish_right_and_batches_fill_to_the_profiles_limit_and_no_further()
+-> Result<()> {
     on_runtime(async {
         let cluster = cluster().await?;
         let mut jobs = vec![];
         for n in 0..20 {
             let questions = Questions::new(100 + n, 40);
             let output = format!("twenty-{n}");
-            let job = cluster.create_job("default", &output, spec(&questions.lines(), &output)?).await?;
+            let job = cluster
+                .create_job("default", &output, spec(&questions.lines(), &output)?)
+                .await?;
             jobs.push((job, questions));
         }
         let mut nodes = BTreeMap::new();
@@ -51,7 +63,12 @@ fn twenty_jobs_on_three_agents_all_finish_right_and_batches_fill_to_the_profiles
         for (job, questions) in jobs {
             let job = cluster.until_finished(&job, LONG).await?;
             let status = job.status.clone().unwrap_or_default();
-            ensure!(condition::is_true(&status.conditions, "Succeeded"), "{}: {:?}", job.name_any(), status.conditions);
+            ensure!(
+                condition::is_true(&status.conditions, "Succeeded"),
+                "{}: {:?}",
+                job.name_any(),
+                status.conditions
+            );
             let results = cluster.results(&job).await?;
             let right = questions.right(&results)?;
             ensure!(right * 100 >= 40 * 95, "{}: {right} of 40 right", job.name_any());
@@ -60,20 +77,32 @@ fn twenty_jobs_on_three_agents_all_finish_right_and_batches_fill_to_the_profiles
             for (start, _, batch) in &stamps {
                 ensure!(*batch <= 16, "a batch of {batch} under a profile of 16");
                 let together = stamps.iter().filter(|(s, e, _)| s <= start && start < e).count();
-                ensure!(together <= 16, "{together} sequences at once under a profile of 16");
+                ensure!(
+                    together <= 16,
+                    "{together} sequences at once under a profile of 16"
+                );
                 widest = widest.max(*batch);
             }
-            *nodes.entry(status.placement.context("no placement")?.node_name).or_insert(0) += 1;
+            *nodes
+                .entry(status.placement.context("no placement")?.node_name)
+                .or_insert(0) += 1;
         }
         println!("jobs by node: {nodes:?}; widest batch {widest}");
-        ensure!(widest == 16, "the widest batch was {widest}, not the profile's 16");
+        ensure!(
+            widest == 16,
+            "the widest batch was {widest}, not the profile's 16"
+        );
         ensure!(nodes.len() == 3, "only {nodes:?} were used");
         Ok(())
     })
 }
 
 /// A job that takes a while: many records behind an interval of 100 ms.
-async fn slow_job(cluster: &Cluster, name: &str, records: usize) -> Result<(gogrid_api::InferenceJob, Questions)> {
+async fn slow_job(
+    cluster: &Cluster,
+    name: &str,
+    records: usize,
+) -> Result<(gogrid_api::InferenceJob, Questions)> {
     let questions = Questions::new(7, records);
     let mut spec = spec(&questions.lines(), name)?;
     spec["profileName"] = json!("conservative");
@@ -85,7 +114,11 @@ async fn until_some_are_answered(cluster: &Cluster, job: &gogrid_api::InferenceJ
     let maps: Api<ConfigMap> = Api::namespaced(cluster.client.clone(), NAMESPACE);
     let chunks = ListParams::default().labels(&format!("gogrid.dev/job-uid={uid},gogrid.dev/role=result"));
     eventually(LONG, "a first checkpoint", || async {
-        ensure!(!maps.list(&chunks).await?.items.is_empty(), "no chunk yet; {}", cluster.log_tails(5));
+        ensure!(
+            !maps.list(&chunks).await?.items.is_empty(),
+            "no chunk yet; {}",
+            cluster.log_tails(5)
+        );
         Ok(())
     })
     .await
@@ -99,26 +132,44 @@ fn a_suspended_job_gives_its_place_back_and_resumes_without_answering_a_record_t
         until_some_are_answered(&cluster, &job).await?;
         let jobs = cluster.jobs("default");
         let suspend = |on: bool| Patch::Merge(json!({"spec": {"suspend": on}}));
-        jobs.patch("suspended", &PatchParams::default(), &suspend(true)).await?;
+        jobs.patch("suspended", &PatchParams::default(), &suspend(true))
+            .await?;
         let job = cluster
             .until(&job, "the job to be Suspended", LONG, |job| {
                 let status = job.status.clone().unwrap_or_default();
-                ensure!(condition::is_true(&status.conditions, "Suspended"), "{:?}", status.conditions);
+                ensure!(
+                    condition::is_true(&status.conditions, "Suspended"),
+                    "{:?}",
+                    status.conditions
+                );
                 Ok(())
             })
             .await?;
         let done_before = job.status.clone().and_then(|s| s.progress).map_or(0, |p| p.done);
-        ensure!(done_before > 0 && done_before < 150, "{done_before} records were done when suspended");
+        ensure!(
+            done_before > 0 && done_before < 150,
+            "{done_before} records were done when suspended"
+        );
         let suspended_at = boottime_micros();
-        jobs.patch("suspended", &PatchParams::default(), &suspend(false)).await?;
+        jobs.patch("suspended", &PatchParams::default(), &suspend(false))
+            .await?;
         let job = cluster.until_finished(&job, LONG).await?;
         let results = cluster.results(&job).await?;
         let right = questions.right(&results)?;
         ensure!(right * 100 >= 150 * 95, "{right} of 150 right");
-        let before = stamps(&results).iter().filter(|(_, end, _)| *end < suspended_at).count();
+        let before = stamps(&results)
+            .iter()
+            .filter(|(_, end, _)| *end < suspended_at)
+            .count();
         println!("{before} records answered before the suspension were kept");
-        ensure!(i64::try_from(before)? >= done_before, "{before} kept of {done_before} reported");
-        ensure!(job.status.unwrap_or_default().epoch == 2, "not placed exactly twice");
+        ensure!(
+            i64::try_from(before)? >= done_before,
+            "{before} kept of {done_before} reported"
+        );
+        ensure!(
+            job.status.unwrap_or_default().epoch == 2,
+            "not placed exactly twice"
+        );
         Ok(())
     })
 }
@@ -135,7 +186,10 @@ fn a_job_deleted_while_running_leaves_no_worker_and_no_reserved_byte() -> Result
         let (job, _) = slow_job(&cluster, "deleted", 200).await?;
         until_some_are_answered(&cluster, &job).await?;
         let uid = job.uid().context("no uid")?;
-        cluster.jobs("default").delete("deleted", &DeleteParams::default()).await?;
+        cluster
+            .jobs("default")
+            .delete("deleted", &DeleteParams::default())
+            .await?;
         let workers = || gogrid_tests::procfs::workers_of(std::process::id());
         eventually(Duration::from_secs(5), "no worker to be left", || async {
             ensure!(workers()?.is_empty(), "workers {:?}", workers()?);
@@ -145,7 +199,7 @@ fn a_job_deleted_while_running_leaves_no_worker_and_no_reserved_byte() -> Result
         let of_job = ListParams::default().labels(&format!("gogrid.dev/job-uid={uid}"));
         let assignments: Api<Assignment> = Api::namespaced(cluster.client.clone(), NAMESPACE);
         let maps: Api<ConfigMap> = Api::namespaced(cluster.client.clone(), NAMESPACE);
-        eventually(Duration::from_secs(20), "everything of the job to be gone", || async {
+        eventually(LONG, "everything of the job to be gone", || async {
             let left = assignments.list(&of_job).await?.items.len() + maps.list(&of_job).await?.items.len();
             ensure!(left == 0, "{left} objects are left");
             Ok(())

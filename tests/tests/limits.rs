@@ -6,13 +6,13 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use gogrid_api::InferenceJob;
+use gogrid_testmodels::quant::TensorType;
+use gogrid_testmodels::random::RandomLlama;
 use gogrid_tests::cluster::{Cluster, ClusterOptions, on_runtime, program, record};
 use gogrid_tests::controlplane::ControlPlane;
 use gogrid_tests::jobs::{Questions, sha256, spec};
 use gogrid_tests::procfs::{self, Seen};
 use gogrid_tests::wait::eventually;
-use gogrid_testmodels::quant::TensorType;
-use gogrid_testmodels::random::RandomLlama;
 use kube::ResourceExt as _;
 use kube::api::{DeleteParams, Patch, PatchParams};
 use serde_json::{Value, json};
@@ -30,9 +30,14 @@ async fn cluster() -> Result<Arc<Cluster>> {
     let started = SHARED.get_or_try_init(|| async {
         std::fs::create_dir_all(big_model_dir())?;
         let mut options = ClusterOptions::quick(0);
-        options.nodes = vec![("gentle".into(), Some("conservative".into())), ("shared".into(), Some("share".into()))];
+        options.nodes = vec![
+            ("gentle".into(), Some("conservative".into())),
+            ("shared".into(), Some("share".into())),
+        ];
         options.model_roots.push(big_model_dir());
-        anyhow::Ok(Arc::new(Cluster::start(ControlPlane::shared().await?, options).await?))
+        anyhow::Ok(Arc::new(
+            Cluster::start(ControlPlane::shared().await?, options).await?,
+        ))
     });
     Ok(Arc::clone(started.await?))
 }
@@ -45,7 +50,9 @@ async fn job_on(cluster: &Cluster, node: &str, name: &str, mut spec: Value) -> R
 async fn the_worker(cluster: &Cluster, node: &str) -> Result<Seen> {
     let agent = u32::try_from(cluster.process(node)?.pid())?;
     eventually(Duration::from_secs(30), "a worker", || async {
-        procfs::workers_of(agent)?.pop().with_context(|| cluster.log_tails(10))
+        procfs::workers_of(agent)?
+            .pop()
+            .with_context(|| cluster.log_tails(10))
     })
     .await
 }
@@ -56,9 +63,17 @@ fn every_thread_is_kind(worker: &Seen, nice: i64, io_class: i64) -> Result<usize
     let threads = procfs::threads(worker.pid)?;
     for thread in &threads {
         let found = procfs::niceness(worker.pid, *thread)?;
-        ensure!(found == nice, "thread {thread} of {}: nice {found}, not {nice}", threads.len());
+        ensure!(
+            found == nice,
+            "thread {thread} of {}: nice {found}, not {nice}",
+            threads.len()
+        );
         let found = procfs::io_priority(*thread)? >> 13;
-        ensure!(found == io_class, "thread {thread} of {}: I/O class {found}, not {io_class}", threads.len());
+        ensure!(
+            found == io_class,
+            "thread {thread} of {}: I/O class {found}, not {io_class}",
+            threads.len()
+        );
     }
     let found = procfs::oom_score_adj(worker.pid)?;
     ensure!(found == 1000, "oom_score_adj {found}, not 1000");
@@ -69,7 +84,11 @@ async fn until_running(cluster: &Cluster, job: &InferenceJob) -> Result<()> {
     cluster
         .until(job, "the job to be Loaded", LONG, |job| {
             let status = job.status.clone().unwrap_or_default();
-            ensure!(gogrid_api::condition::is_true(&status.conditions, "Loaded"), "{:?}", status.conditions);
+            ensure!(
+                gogrid_api::condition::is_true(&status.conditions, "Loaded"),
+                "{:?}",
+                status.conditions
+            );
             Ok(())
         })
         .await
@@ -89,12 +108,22 @@ fn under_conservative_every_thread_is_at_nice_15_and_idle_io_and_requests_start_
         let results = cluster.results(&job).await?;
         let mut starts: Vec<i64> = results
             .iter()
-            .map(|r| r.pointer("/response/body/gogrid/startedMicros").and_then(Value::as_i64).context("no stamp"))
+            .map(|r| {
+                r.pointer("/response/body/gogrid/startedMicros")
+                    .and_then(Value::as_i64)
+                    .context("no stamp")
+            })
             .collect::<Result<_>>()?;
         starts.sort_unstable();
         let least = starts.windows(2).map(|w| w[1] - w[0]).min().context("no gap")?;
-        println!("{threads} threads at nice 15, idle I/O, oom_score_adj 1000; least gap of 50 starts {least} µs");
-        ensure!(starts.len() == 50 && least >= 100_000, "{} starts, least gap {least} µs", starts.len());
+        println!(
+            "{threads} threads at nice 15, idle I/O, oom_score_adj 1000; least gap of 50 starts {least} µs"
+        );
+        ensure!(
+            starts.len() == 50 && least >= 100_000,
+            "{} starts, least gap {least} µs",
+            starts.len()
+        );
         Ok(())
     })
 }
@@ -112,7 +141,10 @@ fn a_worker_whose_setters_do_nothing_is_found_out() -> Result<()> {
         until_running(&cluster, &job).await?;
         let worker = the_worker(&cluster, "gentle").await?;
         let verdict = every_thread_is_kind(&worker, 15, IOPRIO_CLASS_IDLE);
-        cluster.jobs("default").delete(&job.name_any(), &DeleteParams::default()).await?;
+        cluster
+            .jobs("default")
+            .delete(&job.name_any(), &DeleteParams::default())
+            .await?;
         cluster.process("gentle")?.stop(Duration::from_secs(5));
         cluster.start_agent("gentle")?;
         cluster.until_node_ready("gentle").await?;
@@ -152,8 +184,12 @@ fn a_saturated_worker_uses_60_percent_of_its_threads_over_20_seconds() -> Result
             },
         });
         let profiles: kube::Api<gogrid_api::ResourceProfile> = kube::Api::all(cluster.client.clone());
-        profiles.patch("share", &PatchParams::apply("test"), &Patch::Apply(&profile)).await?;
-        let lines: Vec<String> = (0..8).map(|n| record(&format!("r{n}"), "Say something long.", 3000)).collect();
+        profiles
+            .patch("share", &PatchParams::apply("test"), &Patch::Apply(&profile))
+            .await?;
+        let lines: Vec<String> = (0..8)
+            .map(|n| record(&format!("r{n}"), "Say something long.", 3000))
+            .collect();
         let spec = json!({
             "model": {"uri": format!("file://{}", path.display()), "sha256": sha256(&path)?},
             "input": {"inline": lines}, "output": {"configMap": "saturated"},
@@ -173,7 +209,10 @@ fn a_saturated_worker_uses_60_percent_of_its_threads_over_20_seconds() -> Result
         let (begin, ticks) = (std::time::Instant::now(), used()?);
         tokio::time::sleep(Duration::from_secs(20)).await;
         let (seconds, ticks) = (begin.elapsed().as_secs_f64(), used()? - ticks);
-        cluster.jobs("default").delete(&job.name_any(), &DeleteParams::default()).await?;
+        cluster
+            .jobs("default")
+            .delete(&job.name_any(), &DeleteParams::default())
+            .await?;
         std::fs::remove_file(&path)?;
         let threads = std::thread::available_parallelism()?.get().min(2);
         let share = f64::from(i32::try_from(ticks)?) / seconds / f64::from(u32::try_from(threads)?);

@@ -334,7 +334,9 @@ pub enum FrameError {
 /// [`FrameError::TooLong`] when the body exceeds [`MAX_FRAME_BYTES`].
 pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, FrameError> {
     let body = serde_json::to_vec(message)?;
-    let length = u32::try_from(body.len()).ok().filter(|_| body.len() <= MAX_FRAME_BYTES);
+    let length = u32::try_from(body.len())
+        .ok()
+        .filter(|_| body.len() <= MAX_FRAME_BYTES);
     let length = length.ok_or(FrameError::TooLong(body.len()))?;
     let mut frame = length.to_le_bytes().to_vec();
     frame.extend_from_slice(&body);
@@ -347,7 +349,11 @@ pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, FrameError> {
 /// [`FrameError::TooLong`].
 pub fn body_length(header: [u8; 4]) -> Result<usize, FrameError> {
     let length = usize::try_from(u32::from_le_bytes(header)).unwrap_or(usize::MAX);
-    if length > MAX_FRAME_BYTES { Err(FrameError::TooLong(length)) } else { Ok(length) }
+    if length > MAX_FRAME_BYTES {
+        Err(FrameError::TooLong(length))
+    } else {
+        Ok(length)
+    }
 }
 
 /// The message in a frame's body.
@@ -364,7 +370,10 @@ mod tests {
 
     #[test]
     fn a_frame_reads_back_as_the_message_that_was_written() {
-        let message = ToWorker::Record { line: 7, text: "{\"a\":1}\n".into() };
+        let message = ToWorker::Record {
+            line: 7,
+            text: "{\"a\":1}\n".into(),
+        };
         let frame = encode(&message).unwrap();
         let (header, body) = frame.split_at(4);
         assert_eq!(body_length(header.try_into().unwrap()).unwrap(), body.len());
@@ -373,9 +382,15 @@ mod tests {
 
     #[test]
     fn an_oversized_frame_is_refused_before_it_is_read_and_before_it_is_sent() {
-        assert!(matches!(body_length(u32::MAX.to_le_bytes()), Err(FrameError::TooLong(_))));
+        assert!(matches!(
+            body_length(u32::MAX.to_le_bytes()),
+            Err(FrameError::TooLong(_))
+        ));
         let text = "x".repeat(MAX_FRAME_BYTES);
-        assert!(matches!(encode(&ToWorker::Record { line: 1, text }), Err(FrameError::TooLong(_))));
+        assert!(matches!(
+            encode(&ToWorker::Record { line: 1, text }),
+            Err(FrameError::TooLong(_))
+        ));
     }
 
     #[test]

@@ -35,7 +35,7 @@ pub struct Listing {
 pub struct ListedModel {
     /// Absolute path.
     pub path: PathBuf,
-    /// Size in bytes.
+    /// Size in bytes; 0 for a link that leads out of the roots and can't be opened.
     pub bytes: u64,
 }
 
@@ -170,16 +170,18 @@ impl Roots {
                     continue;
                 }
                 let path = root.join(child.strip_prefix(".").unwrap_or(&child));
-                let Ok(file) = self.open(&path) else { continue };
+                let bytes = match self.open(&path) {
+                    Ok(file) => file.metadata().map(|metadata| metadata.len()),
+                    // Listed all the same: whoever asks for it must be told why it can't be had.
+                    Err(StoreError::OutsideRoots { .. }) => Ok(0),
+                    Err(_) => continue,
+                };
                 if listing.models.len() >= limit {
                     listing.truncated = true;
                     return Ok(());
                 }
-                if let Ok(metadata) = file.metadata() {
-                    listing.models.push(ListedModel {
-                        path,
-                        bytes: metadata.len(),
-                    });
+                if let Ok(bytes) = bytes {
+                    listing.models.push(ListedModel { path, bytes });
                 }
             }
         }

@@ -7,6 +7,8 @@ use std::process::Command;
 
 fn main() -> anyhow::Result<()> {
     gogrid_tests::process::ignore_priorities()?;
-    let error = Command::new(gogrid_tests::cluster::program("gogrid-worker")?).args(std::env::args_os().skip(1)).exec();
+    let error = Command::new(gogrid_tests::cluster::program("gogrid-worker")?)
+        .args(std::env::args_os().skip(1))
+        .exec();
     Err(error.into())
 }

@@ -61,7 +61,11 @@ fn parse(yaml: &str) -> Result<Vec<(GroupVersionKind, DynamicObject)>> {
             continue;
         }
         let object: DynamicObject = serde_json::from_value(value).with_context(place)?;
-        let types = object.types.as_ref().with_context(place).context("a document has no apiVersion and kind")?;
+        let types = object
+            .types
+            .as_ref()
+            .with_context(place)
+            .context("a document has no apiVersion and kind")?;
         objects.push((GroupVersionKind::try_from(types)?, object));
     }
     Ok(objects)
@@ -80,21 +84,44 @@ async fn apply(
             Api::namespaced_with(client.clone(), &namespace, resource)
         }
     };
-    let name = object.metadata.name.as_deref().with_context(|| format!("a {} has no name", resource.kind))?;
-    api.patch(name, &PatchParams::apply(FIELD_MANAGER).force(), &Patch::Apply(object))
-        .await
-        .with_context(|| format!("applying {} {name}", resource.kind))?;
+    let name = object
+        .metadata
+        .name
+        .as_deref()
+        .with_context(|| format!("a {} has no name", resource.kind))?;
+    api.patch(
+        name,
+        &PatchParams::apply(FIELD_MANAGER).force(),
+        &Patch::Apply(object),
+    )
+    .await
+    .with_context(|| format!("applying {} {name}", resource.kind))?;
     Ok(())
 }
 
 async fn until_established(client: &Client, names: &[String]) -> Result<()> {
     let api: Api<CustomResourceDefinition> = Api::all(client.clone());
     for name in names {
-        eventually(SERVED_WITHIN, &format!("CRD {name} to be established"), || async {
-            let conditions = api.get(name).await?.status.and_then(|status| status.conditions).unwrap_or_default();
-            let established = conditions.iter().any(|found| found.type_ == "Established" && found.status == "True");
-            if established { Ok(()) } else { Err(anyhow!("conditions: {conditions:?}")) }
-        })
+        eventually(
+            SERVED_WITHIN,
+            &format!("CRD {name} to be established"),
+            || async {
+                let conditions = api
+                    .get(name)
+                    .await?
+                    .status
+                    .and_then(|status| status.conditions)
+                    .unwrap_or_default();
+                let established = conditions
+                    .iter()
+                    .any(|found| found.type_ == "Established" && found.status == "True");
+                if established {
+                    Ok(())
+                } else {
+                    Err(anyhow!("conditions: {conditions:?}"))
+                }
+            },
+        )
         .await?;
     }
     Ok(())

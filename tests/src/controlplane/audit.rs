@@ -72,8 +72,12 @@ impl ControlPlane {
         let whole = log.rsplit_once('\n').map_or("", |(whole, _rest)| whole);
         let mut events = Vec::new();
         for line in whole.lines() {
-            let line: Line = serde_json::from_str(line).with_context(|| format!("audit log line {line:?}"))?;
-            if line.stage != "ResponseComplete" || line.stage_timestamp < since || line.stage_timestamp >= until {
+            let line: Line =
+                serde_json::from_str(line).with_context(|| format!("audit log line {line:?}"))?;
+            if line.stage != "ResponseComplete"
+                || line.stage_timestamp < since
+                || line.stage_timestamp >= until
+            {
                 continue;
             }
             let object = line.object_ref.unwrap_or_default();

@@ -7,7 +7,13 @@ use anyhow::{Context as _, Result, ensure};
 
 /// Names a directory that holds all five programs; nothing is looked for or built elsewhere then.
 const DIR_VARIABLE: &str = "GOGRID_CONTROLPLANE_BIN";
-const NAMES: [&str; 5] = ["etcd", "kube-apiserver", "kube-controller-manager", "kubectl", "helm"];
+const NAMES: [&str; 5] = [
+    "etcd",
+    "kube-apiserver",
+    "kube-controller-manager",
+    "kubectl",
+    "helm",
+];
 
 /// The directory with the control plane's programs.
 #[derive(Clone, Debug)]
@@ -18,7 +24,10 @@ pub struct Binaries {
 impl Binaries {
     /// Finds the programs, or builds them with `tests/controlplane/build.sh`, whose progress goes to standard error.
     pub async fn find() -> Result<Self> {
-        #[expect(clippy::disallowed_methods, reason = "the tests' only configuration is the environment")]
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "the tests' only configuration is the environment"
+        )]
         let given = std::env::var_os(DIR_VARIABLE).filter(|dir| !dir.is_empty());
         let dir = match given {
             Some(dir) => PathBuf::from(dir),
@@ -39,7 +48,11 @@ impl Binaries {
             .output()
             .await
             .with_context(|| format!("running {}", script.display()))?;
-        ensure!(built.status.success(), "building the control plane failed ({}); see above", built.status);
+        ensure!(
+            built.status.success(),
+            "building the control plane failed ({}); see above",
+            built.status
+        );
         let output = String::from_utf8(built.stdout)?;
         let dir = output.lines().last().context("the build printed no directory")?;
         Ok(PathBuf::from(dir))

@@ -30,13 +30,25 @@ impl ControlPlane {
         allocatable: &[(&str, &str)],
     ) -> Result<Node> {
         let nodes: Api<Node> = Api::all(self.admin_client().await?);
-        let mut all_labels: BTreeMap<&str, &str> =
-            [("kubernetes.io/hostname", name), ("kubernetes.io/os", "linux"), ("kubernetes.io/arch", "amd64")].into();
+        let mut all_labels: BTreeMap<&str, &str> = [
+            ("kubernetes.io/hostname", name),
+            ("kubernetes.io/os", "linux"),
+            ("kubernetes.io/arch", "amd64"),
+        ]
+        .into();
         all_labels.extend(labels.iter().copied());
         let node = serde_json::from_value(json!({"metadata": {"name": name, "labels": all_labels}}))?;
-        nodes.create(&PostParams::default(), &node).await.with_context(|| format!("creating node {name}"))?;
-        let mut resources: BTreeMap<&str, &str> =
-            [("cpu", "8"), ("memory", "32Gi"), ("ephemeral-storage", "100Gi"), ("pods", "110")].into();
+        nodes
+            .create(&PostParams::default(), &node)
+            .await
+            .with_context(|| format!("creating node {name}"))?;
+        let mut resources: BTreeMap<&str, &str> = [
+            ("cpu", "8"),
+            ("memory", "32Gi"),
+            ("ephemeral-storage", "100Gi"),
+            ("pods", "110"),
+        ]
+        .into();
         resources.extend(allocatable.iter().copied());
         let status = json!({"status": {
             "capacity": resources,
@@ -44,10 +56,14 @@ impl ControlPlane {
             "conditions": [{"type": "Ready", "status": "True", "reason": "Test", "message": "made by a test"}],
             "addresses": [{"type": "InternalIP", "address": "127.0.0.1"}, {"type": "Hostname", "address": name}],
         }});
-        nodes.patch_status(name, &PatchParams::default(), &Patch::Merge(&status)).await?;
+        nodes
+            .patch_status(name, &PatchParams::default(), &Patch::Merge(&status))
+            .await?;
         // Admission taints every new node as not ready; the controller that would take it away is switched off.
         let untainted = json!({"spec": {"taints": null}});
-        Ok(nodes.patch(name, &PatchParams::default(), &Patch::Merge(&untainted)).await?)
+        Ok(nodes
+            .patch(name, &PatchParams::default(), &Patch::Merge(&untainted))
+            .await?)
     }
 
     /// Makes the namespace unless it is there.
@@ -81,11 +97,18 @@ impl ControlPlane {
             },
         }))?;
         let pods = self.namespaced::<Pod>(namespace).await?;
-        pods.create(&PostParams::default(), &pod).await.with_context(|| format!("creating pod {namespace}/{name}"))
+        pods.create(&PostParams::default(), &pod)
+            .await
+            .with_context(|| format!("creating pod {namespace}/{name}"))
     }
 
     /// A token as the kubelet would project it into `pod`: it carries the pod's node and dies with the pod.
-    pub async fn token_bound_to_pod(&self, namespace: &str, service_account: &str, pod: &str) -> Result<String> {
+    pub async fn token_bound_to_pod(
+        &self,
+        namespace: &str,
+        service_account: &str,
+        pod: &str,
+    ) -> Result<String> {
         let uid = self.namespaced::<Pod>(namespace).await?.get(pod).await?.uid();
         let bound = BoundObjectReference {
             api_version: Some("v1".to_owned()),

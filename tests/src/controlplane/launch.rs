@@ -94,7 +94,10 @@ impl Layout {
         write_private(&self.path("tokens.csv"), &tokens)?;
         write_private(&self.path("audit-policy.yaml"), AUDIT_POLICY)?;
         write_private(&self.admin_kubeconfig(), &self.kubeconfig(&self.admin_token))?;
-        write_private(&self.path("controllers.kubeconfig"), &self.kubeconfig(&self.controllers_token))
+        write_private(
+            &self.path("controllers.kubeconfig"),
+            &self.kubeconfig(&self.controllers_token),
+        )
     }
 
     pub(super) fn url(&self) -> String {
@@ -153,7 +156,9 @@ impl Layout {
 
     pub(super) async fn until_etcd_listens(&self, etcd: &Process) -> Result<()> {
         until(etcd, ETCD_WITHIN, "etcd to listen", || async {
-            Ok(drop(tokio::net::TcpStream::connect((Ipv4Addr::LOCALHOST, self.etcd_port)).await?))
+            Ok(drop(
+                tokio::net::TcpStream::connect((Ipv4Addr::LOCALHOST, self.etcd_port)).await?,
+            ))
         })
         .await
     }
@@ -163,17 +168,30 @@ impl Layout {
         let mut command = Command::new(binaries.api_server());
         command
             .arg(format!("--etcd-servers={}", self.etcd_url()))
-            .args(["--bind-address=127.0.0.1", "--service-cluster-ip-range=10.0.0.0/24"])
+            .args([
+                "--bind-address=127.0.0.1",
+                "--service-cluster-ip-range=10.0.0.0/24",
+            ])
             // The default writes the server's address where a loopback address is refused.
             .arg("--endpoint-reconciler-type=none")
             .arg(format!("--secure-port={}", self.port))
             .arg(format!("--cert-dir={}", self.path("certs").display()))
-            .args(["--service-account-issuer=https://kubernetes.default.svc", "--api-audiences=api"])
+            .args([
+                "--service-account-issuer=https://kubernetes.default.svc",
+                "--api-audiences=api",
+            ])
             .arg(format!("--service-account-key-file={}", key.display()))
             .arg(format!("--service-account-signing-key-file={}", key.display()))
             .arg(format!("--token-auth-file={}", self.path("tokens.csv").display()))
-            .args(["--authorization-mode=Node,RBAC", "--allow-privileged=true", "--profiling=false"])
-            .arg(format!("--audit-policy-file={}", self.path("audit-policy.yaml").display()))
+            .args([
+                "--authorization-mode=Node,RBAC",
+                "--allow-privileged=true",
+                "--profiling=false",
+            ])
+            .arg(format!(
+                "--audit-policy-file={}",
+                self.path("audit-policy.yaml").display()
+            ))
             .arg(format!("--audit-log-path={}", self.audit_log().display()))
             .args(&self.api_server_flags);
         Process::start("kube-apiserver", command, &self.path("kube-apiserver.log"))
@@ -192,9 +210,19 @@ impl Layout {
     pub(super) fn start_controllers(&self, binaries: &Binaries) -> Result<Process> {
         let mut command = Command::new(binaries.controller_manager());
         command
-            .arg(format!("--kubeconfig={}", self.path("controllers.kubeconfig").display()))
-            .args(["--use-service-account-credentials=true", "--leader-elect=false", "--secure-port=0"])
-            .arg(format!("--service-account-private-key-file={}", self.path("service-accounts.key").display()))
+            .arg(format!(
+                "--kubeconfig={}",
+                self.path("controllers.kubeconfig").display()
+            ))
+            .args([
+                "--use-service-account-credentials=true",
+                "--leader-elect=false",
+                "--secure-port=0",
+            ])
+            .arg(format!(
+                "--service-account-private-key-file={}",
+                self.path("service-accounts.key").display()
+            ))
             .arg(format!("--root-ca-file={}", self.ca_file().display()))
             // No kubelet renews a Lease here: these three would taint the nodes and end the pods on them, and with the
             // pods the tokens bound to them.
@@ -202,16 +230,25 @@ impl Layout {
                 "--controllers=*,-node-lifecycle-controller,-taint-eviction-controller,\
                  -pod-garbage-collector-controller",
             );
-        Process::start("kube-controller-manager", command, &self.path("kube-controller-manager.log"))
+        Process::start(
+            "kube-controller-manager",
+            command,
+            &self.path("kube-controller-manager.log"),
+        )
     }
 
     /// Waits for the one object that every test depends on and only a controller makes.
     pub(super) async fn until_controllers_act(&self, controllers: &Process, within: Duration) -> Result<()> {
         let accounts: Api<ServiceAccount> = Api::namespaced(self.client().await?, "default");
-        until(controllers, within, "the controllers to make the default service account", || async {
-            accounts.get("default").await?;
-            Ok(())
-        })
+        until(
+            controllers,
+            within,
+            "the controllers to make the default service account",
+            || async {
+                accounts.get("default").await?;
+                Ok(())
+            },
+        )
         .await
     }
 
@@ -234,14 +271,24 @@ where
             return Ok(Ok(()));
         }
         if process.log_tail(LOG_LINES).contains("address already in use") {
-            return Ok(Err(anyhow::Error::new(PortTaken { process: process.name().to_owned() })));
+            return Ok(Err(anyhow::Error::new(PortTaken {
+                process: process.name().to_owned(),
+            })));
         }
-        Ok(Err(anyhow!("{} ended early: {:?}", process.name(), process.exit())))
+        Ok(Err(anyhow!(
+            "{} ended early: {:?}",
+            process.name(),
+            process.exit()
+        )))
     };
     let outcome: Result<Result<()>> = eventually(within, what, seen).await;
-    outcome
-        .and_then(|ended| ended)
-        .with_context(|| format!("{}; its last lines:\n{}", process.name(), process.log_tail(LOG_LINES)))
+    outcome.and_then(|ended| ended).with_context(|| {
+        format!(
+            "{}; its last lines:\n{}",
+            process.name(),
+            process.log_tail(LOG_LINES)
+        )
+    })
 }
 
 /// Ports on loopback that nothing listens on; all different, because all are held until the last is chosen.
@@ -258,18 +305,25 @@ fn free_ports<const COUNT: usize>() -> Result<[u16; COUNT]> {
 
 fn random_bytes<const COUNT: usize>() -> Result<[u8; COUNT]> {
     let mut bytes = [0; COUNT];
-    fs::File::open("/dev/urandom").and_then(|mut source| source.read_exact(&mut bytes)).context("reading /dev/urandom")?;
+    fs::File::open("/dev/urandom")
+        .and_then(|mut source| source.read_exact(&mut bytes))
+        .context("reading /dev/urandom")?;
     Ok(bytes)
 }
 
 fn random_token() -> Result<String> {
-    Ok(random_bytes::<16>()?.iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(random_bytes::<16>()?
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect())
 }
 
 /// A fresh P-256 key as SEC 1 PEM. Any number below the curve's order is one, and its public half follows from it.
 fn signing_key() -> Result<String> {
     const BEFORE: [u8; 7] = [0x30, 0x31, 0x02, 0x01, 0x01, 0x04, 0x20];
-    const NAMED_CURVE_P256: [u8; 12] = [0xa0, 0x0a, 0x06, 0x08, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x03, 0x01, 0x07];
+    const NAMED_CURVE_P256: [u8; 12] = [
+        0xa0, 0x0a, 0x06, 0x08, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x03, 0x01, 0x07,
+    ];
     let mut number: [u8; 32] = random_bytes()?;
     // The order begins with 32 one bits.
     number[0] &= 0x7f;
@@ -277,7 +331,9 @@ fn signing_key() -> Result<String> {
     let serde_json::Value::String(base64) = serde_json::to_value(ByteString(der))? else {
         return Err(anyhow!("bytes are base64 text in the Kubernetes API"));
     };
-    Ok(format!("-----BEGIN EC PRIVATE KEY-----\n{base64}\n-----END EC PRIVATE KEY-----\n"))
+    Ok(format!(
+        "-----BEGIN EC PRIVATE KEY-----\n{base64}\n-----END EC PRIVATE KEY-----\n"
+    ))
 }
 
 /// Writes a file that nobody else may read.
@@ -294,10 +350,15 @@ pub(super) fn write_private(path: &Path, content: &str) -> Result<()> {
 
 /// Removes what test programs left that were killed before they could; the kernel has ended their processes.
 pub(super) fn sweep_abandoned_dirs() {
-    let Ok(entries) = fs::read_dir(std::env::temp_dir()) else { return };
+    let Ok(entries) = fs::read_dir(std::env::temp_dir()) else {
+        return;
+    };
     for entry in entries.flatten() {
         let name = entry.file_name();
-        let owner = name.to_str().and_then(|name| name.strip_prefix(DIR_PREFIX)).and_then(|rest| rest.split('-').next());
+        let owner = name
+            .to_str()
+            .and_then(|name| name.strip_prefix(DIR_PREFIX))
+            .and_then(|rest| rest.split('-').next());
         if owner.is_some_and(|pid| pid.parse::<u32>().is_ok() && !Path::new("/proc").join(pid).exists()) {
             let _ = fs::remove_dir_all(entry.path());
         }

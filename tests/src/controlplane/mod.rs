@@ -79,7 +79,10 @@ impl ControlPlane {
     async fn try_start(binaries: &Binaries, options: &ControlPlaneOptions) -> Result<Self> {
         let layout = Layout::prepare(options)?;
         // Whatever fails from here on, the directory goes and `Process` kills its child.
-        let guard = DirGuard { dir: layout.dir.clone(), keep: options.dir.is_some() };
+        let guard = DirGuard {
+            dir: layout.dir.clone(),
+            keep: options.dir.is_some(),
+        };
         let etcd = layout.start_etcd(binaries)?;
         layout.until_etcd_listens(&etcd).await?;
         let api_server = layout.start_api_server(binaries)?;
@@ -208,7 +211,10 @@ impl ControlPlane {
     /// The numbers of its running processes.
     pub fn pids(&self) -> Vec<i32> {
         let controllers = self.controllers.as_ref().map(Process::pid);
-        [self.etcd.pid(), self.with_api_server(Process::pid)].into_iter().chain(controllers).collect()
+        [self.etcd.pid(), self.with_api_server(Process::pid)]
+            .into_iter()
+            .chain(controllers)
+            .collect()
     }
 
     fn with_api_server<T>(&self, act: impl FnOnce(&Process) -> T) -> T {

@@ -31,7 +31,12 @@ impl ControlPlane {
         let mut file = tempfile::NamedTempFile::new_in(&self.layout.dir)?;
         file.write_all(yaml.as_bytes())?;
         let path = file.path().to_owned();
-        let args: [&OsStr; 4] = ["apply".as_ref(), "--server-side".as_ref(), "-f".as_ref(), path.as_os_str()];
+        let args: [&OsStr; 4] = [
+            "apply".as_ref(),
+            "--server-side".as_ref(),
+            "-f".as_ref(),
+            path.as_os_str(),
+        ];
         self.kubectl(&args).await
     }
 
@@ -53,7 +58,10 @@ impl ControlPlane {
             .env("HELM_DATA_HOME", home.join("helm/data"))
             .stdin(Stdio::null())
             .kill_on_drop(true);
-        let ended = command.output().await.with_context(|| format!("running {}", program.display()))?;
+        let ended = command
+            .output()
+            .await
+            .with_context(|| format!("running {}", program.display()))?;
         let words: Vec<_> = args.iter().map(|arg| arg.as_ref().to_string_lossy()).collect();
         ensure!(
             ended.status.success(),
