@@ -1,4 +1,4 @@
-# The two commands: `make demo` and `make test`. `make soak` holds what takes real time.
+# The two commands: `make demo` and `make test`.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -14,7 +14,7 @@ CARGO_DENY_VERSION := 0.20.2
 
 say = @printf '\n== [%(%H:%M:%S)T] %s\n' -1 '$(1)'
 
-.PHONY: help demo test soak prepare controlplane build lint unit e2e deny clean
+.PHONY: help demo test prepare controlplane build lint unit e2e deny clean
 
 help: ## Say what there is.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,9 +26,6 @@ demo: prepare controlplane ## The main job on this machine: control plane, opera
 
 test: prepare lint controlplane build unit e2e deny ## Everything that CI runs.
 	$(call say,all of make test has passed)
-
-soak: prepare controlplane build ## What takes real time: full lease constants and long runs. About 30 minutes.
-	@"$$CARGO_TARGET_DIR"/debug/soak
 
 prepare:
 	@tests/prepare.sh

@@ -183,7 +183,9 @@ impl Cluster {
             .args(["--log-format", "text"])
             .arg("--state-dir")
             .arg(&state);
-        command.arg("--worker-binary").arg(program("gogrid-worker")?);
+        if !more.contains(&"--worker-binary") {
+            command.arg("--worker-binary").arg(program("gogrid-worker")?);
+        }
         command
             .arg("--lease-duration-seconds")
             .arg(self.options.lease_seconds.to_string());

@@ -74,7 +74,7 @@ mod tests {
     #[tokio::test]
     async fn a_probe_that_hangs_does_not_hang_the_wait() {
         let outcome: Result<()> =
-            eventually(Duration::from_millis(20), "an answer", || std::future::pending()).await;
+            eventually(Duration::from_millis(20), "an answer", std::future::pending).await;
         assert!(format!("{:#}", outcome.unwrap_err()).contains("the first look did not come back"));
     }
 

@@ -53,7 +53,7 @@ fn write_bad_models() -> Result<()> {
     )?;
     std::fs::write(
         models().join("other-architecture.gguf"),
-        with_architecture(&good, b"mamba")?,
+        with_architecture(&good, *b"mamba")?,
     )?;
     let outside = models().join("../outside.gguf");
     std::fs::write(&outside, &good)?;
@@ -62,7 +62,7 @@ fn write_bad_models() -> Result<()> {
 }
 
 /// The same file with another name of five letters in place of `llama` in `general.architecture`.
-fn with_architecture(model: &[u8], name: &[u8; 5]) -> Result<Vec<u8>> {
+fn with_architecture(model: &[u8], name: [u8; 5]) -> Result<Vec<u8>> {
     let key = b"general.architecture";
     let at = model
         .windows(key.len())
@@ -75,7 +75,7 @@ fn with_architecture(model: &[u8], name: &[u8; 5]) -> Result<Vec<u8>> {
     changed
         .get_mut(at..at + 5)
         .context("too short")?
-        .copy_from_slice(name);
+        .copy_from_slice(&name);
     Ok(changed)
 }
 

@@ -1,5 +1,10 @@
 //! Programs that die at the worst moments, and what stays true all the same.
 
+#![allow(
+    clippy::disallowed_methods,
+    reason = "the test measures real time from outside"
+)]
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 

@@ -1,5 +1,10 @@
 //! Limits as the test process itself measures them: from /proc and from stamps, not from what a worker says of itself.
 
+#![allow(
+    clippy::disallowed_methods,
+    reason = "the test measures real time from outside"
+)]
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;

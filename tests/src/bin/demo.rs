@@ -42,14 +42,10 @@ async fn main() -> Result<()> {
 }
 
 async fn demo() -> Result<()> {
-    let begin = std::time::Instant::now();
+    let begin = boottime_micros();
     step("A control plane on loopback: etcd, kube-apiserver, kube-controller-manager");
     let control = Arc::new(ControlPlane::start(ControlPlaneOptions::default()).await?);
-    println!(
-        "ready at {} after {:.1} s",
-        control.url(),
-        begin.elapsed().as_secs_f64()
-    );
+    println!("ready at {} after {:.1} s", control.url(), seconds_since(begin)?);
 
     step("GoGrid: the chart's objects, one operator, two agents on two nodes that no kubelet stands behind");
     shown("helm install gogrid charts/gogrid --namespace gogrid-system --create-namespace");
@@ -73,7 +69,7 @@ async fn demo() -> Result<()> {
     step("Done");
     println!(
         "{right} of {asked} answers are right; the whole demo took {:.0} s",
-        begin.elapsed().as_secs_f64()
+        seconds_since(begin)?
     );
     ensure!(
         right >= RIGHT_AT_LEAST,
@@ -133,7 +129,7 @@ async fn fifty_questions(cluster: &Cluster) -> Result<(usize, usize)> {
     let path = "jsonpath={.status.conditions[?(@.type==\"Placed\")].message}{\"\\n\"}";
     kubectl(cluster, &["get", "ijob", "fifty-questions", "-o", path]).await?;
 
-    let asked_at = std::time::Instant::now();
+    let asked_at = boottime_micros();
     step("Its progress");
     shown("kubectl get ijob fifty-questions --watch");
     let mut last = String::new();
@@ -145,7 +141,7 @@ async fn fifty_questions(cluster: &Cluster) -> Result<(usize, usize)> {
             last = line;
         }
         ensure!(
-            asked_at.elapsed() < LONG,
+            seconds_since(asked_at)? < LONG.as_secs_f64(),
             "not finished after {LONG:?}: {line}\n{}",
             cluster.log_tails(25),
             line = last
@@ -247,7 +243,7 @@ async fn profile_edit(cluster: &Cluster) -> Result<()> {
         found.map(drop).with_context(|| format!("{:?}", status.profiles))
     })
     .await?;
-    let seconds = f64::from(i32::try_from((boottime_micros() - edited) / 1000)?) / 1000.0;
+    let seconds = seconds_since(edited)?;
     kubectl(cluster, &["get", "assignment", "--namespace", NAMESPACE]).await?;
     let job = cluster.until_finished(&job, LONG).await?;
     let results = cluster.results(&job).await?;
@@ -263,6 +259,10 @@ async fn profile_edit(cluster: &Cluster) -> Result<()> {
     );
     ensure!(after < before, "the stricter profile had no effect");
     Ok(())
+}
+
+fn seconds_since(micros: i64) -> Result<f64> {
+    Ok(f64::from(i32::try_from((boottime_micros() - micros) / 1000)?) / 1000.0)
 }
 
 fn boottime_micros() -> i64 {
