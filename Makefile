@@ -51,7 +51,7 @@ unit:
 
 e2e:
 	$(call say,end-to-end tests on a real API server)
-	@cargo test --workspace --features $(FEATURES) --test '*' -- --test-threads=1
+	@cargo test --workspace --features $(FEATURES) --no-fail-fast --test '*' -- --test-threads=1
 
 deny: $(CARGO_DENY)
 	$(call say,licences - bans and sources of all dependencies)
