@@ -129,7 +129,7 @@ fn roots_must_be_absolute() {
 }
 
 #[test]
-fn the_listing_holds_model_files_and_never_leaves_the_root() {
+fn the_listing_holds_model_files_and_names_links_out_of_the_root_without_their_size() {
     let place = place();
     fs::write(place.root.join("z.GGUF"), "12345678").unwrap();
     fs::write(place.root.join("notes.txt"), "x").unwrap();
@@ -147,7 +147,7 @@ fn the_listing_holds_model_files_and_never_leaves_the_root() {
             )
         })
         .collect();
-    assert_eq!(found, [("a/b/m.gguf", 5), ("z.GGUF", 8)]);
+    assert_eq!(found, [("a/b/m.gguf", 5), ("secret.gguf", 0), ("z.GGUF", 8)]);
     assert!(!listing.truncated);
 }
 
