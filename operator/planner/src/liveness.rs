@@ -1,7 +1,8 @@
 //! Which nodes are alive, judged by changes that were seen.
 //!
-//! Owns: the observed-change rule on the operator's own monotonic clock. Must not: look at a timestamp inside a Lease,
-//! or give a node up right after the operator itself was blind.
+//! Owns: the observed-change rule on the operator's own monotonic clock, the pace at which silent nodes are given up, and
+//! the back-off of nodes that come and go. Must not: look at a timestamp inside a Lease, or give a node up right after the
+//! operator itself was blind.
 
 use crate::world::Heartbeat;
 use gogrid_api::{LeaseTiming, Millis};
@@ -15,7 +16,31 @@ struct Seen {
     changed: Option<Millis>,
     /// When it was first seen.
     first: Millis,
+    /// Given up, and not seen to change since.
+    lost: bool,
+    /// How often it was given up and came back, steady times forgiven.
+    flaps: u32,
+    /// Nothing is placed there before that.
+    trusted: Millis,
 }
+
+impl Seen {
+    fn new(mark: &str, changed: Option<Millis>, first: Millis) -> Self {
+        Self {
+            mark: mark.into(),
+            changed,
+            first,
+            lost: false,
+            flaps: 0,
+            trusted: Millis(0),
+        }
+    }
+}
+
+/// Fewest nodes that may be given up within one lease; more where a tenth of all nodes is more.
+const FEWEST_LOSSES: usize = 5;
+/// The longest back-off of a node that comes and goes, in leases.
+const LONGEST_BACKOFF: u64 = 32;
 
 /// What was seen of all leases.
 #[derive(Clone, Debug)]
@@ -25,6 +50,8 @@ pub struct Liveness {
     /// Since when nothing was missed.
     sighted: Millis,
     ticked: Millis,
+    /// When nodes were given up within the last lease.
+    losses: Vec<Millis>,
 }
 
 impl Liveness {
@@ -35,29 +62,32 @@ impl Liveness {
             leases: BTreeMap::new(),
             sighted: now,
             ticked: now,
+            losses: vec![],
         }
     }
 
     /// A Lease as a watch event brought it: one seen first this way is alive, for it was just written.
     pub fn changed(&mut self, now: Millis, name: &str, mark: &str) {
+        let lease = self.timing.lease().0;
         match self.leases.get_mut(name) {
             Some(seen) if seen.mark == mark => {}
             Some(seen) => {
-                *seen = Seen {
-                    mark: mark.into(),
-                    changed: Some(now),
-                    first: seen.first,
+                if std::mem::take(&mut seen.lost) {
+                    // The first loss may be anything; from the second on the node must prove itself for longer each time.
+                    let backoff = match seen.flaps {
+                        0 => 0,
+                        n => lease.saturating_mul((1 << (n - 1).min(5)).min(LONGEST_BACKOFF)),
+                    };
+                    seen.flaps = seen.flaps.saturating_add(1);
+                    seen.trusted = Millis(now.0.saturating_add(backoff));
+                } else if now.0.saturating_sub(seen.trusted.0) > lease.saturating_mul(LONGEST_BACKOFF) {
+                    seen.flaps = 0;
                 }
+                seen.mark = mark.into();
+                seen.changed = Some(now);
             }
             None => {
-                self.leases.insert(
-                    name.into(),
-                    Seen {
-                        mark: mark.into(),
-                        changed: Some(now),
-                        first: now,
-                    },
-                );
+                self.leases.insert(name.into(), Seen::new(mark, Some(now), now));
             }
         }
     }
@@ -67,14 +97,7 @@ impl Liveness {
         if self.leases.contains_key(name) {
             self.changed(now, name, mark);
         } else {
-            self.leases.insert(
-                name.into(),
-                Seen {
-                    mark: mark.into(),
-                    changed: None,
-                    first: now,
-                },
-            );
+            self.leases.insert(name.into(), Seen::new(mark, None, now));
         }
     }
 
@@ -90,27 +113,64 @@ impl Liveness {
         self.sighted = now;
     }
 
-    /// Called at every turn of the loop: a long gap means the operator itself stood still.
+    /// Called at every turn of the loop: a long gap means the operator itself stood still. Gives silent nodes up, the
+    /// longest silent first, and not all at once: when many fall silent together, the network is the likelier cause.
     pub fn tick(&mut self, now: Millis) {
         if now.0.saturating_sub(self.ticked.0) > self.timing.renew().0 {
             self.blind(now);
         }
         self.ticked = now;
+        let lease = self.timing.lease().0;
+        self.losses.retain(|at| now.0.saturating_sub(at.0) < lease);
+        let most = FEWEST_LOSSES.max(self.leases.len() / 10);
+        let mut silent: Vec<(bool, Millis, String)> = self
+            .leases
+            .iter()
+            .filter(|(_, seen)| !seen.lost && self.overdue(now, seen))
+            .map(|(name, seen)| (seen.changed.is_some(), self.since(seen), name.clone()))
+            .collect();
+        silent.sort();
+        for (lived, _, name) in silent {
+            // Those that were dead when this operator began to look do not count.
+            if lived && self.losses.len() >= most {
+                break;
+            }
+            if let Some(seen) = self.leases.get_mut(&name) {
+                seen.lost = true;
+                self.losses.extend(lived.then_some(now));
+            }
+        }
+    }
+
+    fn since(&self, seen: &Seen) -> Millis {
+        seen.changed.unwrap_or(seen.first).max(self.sighted)
+    }
+
+    fn overdue(&self, now: Millis, seen: &Seen) -> bool {
+        now.0.saturating_sub(self.since(seen).0) > self.timing.replace_after().0
     }
 
     /// What is known of a node's Lease.
     pub fn judge(&self, now: Millis, name: &str) -> Heartbeat {
-        let seen = self.leases.get(name);
-        let last = seen.and_then(|s| s.changed);
-        let present = seen.is_some_and(|s| !s.mark.is_empty());
-        if present && last.is_some_and(|at| now.0.saturating_sub(at.0) <= self.timing.lease().0) {
-            return Heartbeat::Fresh;
+        let Some(seen) = self.leases.get(name) else {
+            // Never seen: given up once it would have been seen.
+            let unseen = now.0.saturating_sub(self.sighted.0) > self.timing.replace_after().0;
+            return if unseen {
+                Heartbeat::Lost
+            } else {
+                Heartbeat::Waiting
+            };
+        };
+        let recent = |at: Millis| now.0.saturating_sub(at.0) <= self.timing.lease().0;
+        if !seen.mark.is_empty() && seen.changed.is_some_and(recent) {
+            return if now < seen.trusted {
+                Heartbeat::Waiting
+            } else {
+                Heartbeat::Fresh
+            };
         }
-        let since = last
-            .or(seen.map(|s| s.first))
-            .unwrap_or_default()
-            .max(self.sighted);
-        if now.0.saturating_sub(since.0) > self.timing.replace_after().0 {
+        // Blindness that came after the loss takes it back: what was missed may have been a renewal.
+        if seen.lost && self.overdue(now, seen) {
             Heartbeat::Lost
         } else {
             Heartbeat::Waiting
@@ -191,6 +251,70 @@ mod tests {
         assert_eq!(l.judge(ms(44), "a"), Heartbeat::Waiting);
         l.listed(ms(44), "a", "2");
         assert_eq!(l.judge(ms(44), "a"), Heartbeat::Fresh);
+    }
+
+    #[test]
+    fn many_nodes_that_fall_silent_together_are_given_up_a_few_a_lease() {
+        let mut l = Liveness::new(LeaseTiming::default(), ms(0));
+        let names: Vec<String> = (0..20).map(|n| format!("node-{n}")).collect();
+        for name in &names {
+            l.changed(ms(0), name, "1");
+        }
+        let lost = |l: &Liveness, now| {
+            names
+                .iter()
+                .filter(|n| l.judge(ms(now), n) == Heartbeat::Lost)
+                .count()
+        };
+        run(&mut l, 0, 84);
+        assert_eq!(lost(&l, 84), FEWEST_LOSSES);
+        run(&mut l, 85, 90);
+        assert_eq!(lost(&l, 90), 2 * FEWEST_LOSSES);
+        run(&mut l, 91, 400);
+        assert_eq!(lost(&l, 400), 20);
+    }
+
+    #[test]
+    fn one_lost_node_of_many_is_given_up_at_once() {
+        let mut l = Liveness::new(LeaseTiming::default(), ms(0));
+        l.changed(ms(0), "a", "0");
+        for second in 0..=46 {
+            l.changed(ms(second), "b", &second.to_string());
+            l.tick(ms(second));
+        }
+        assert_eq!(l.judge(ms(46), "a"), Heartbeat::Lost);
+        assert_eq!(l.judge(ms(46), "b"), Heartbeat::Fresh);
+    }
+
+    #[test]
+    fn a_node_that_comes_and_goes_is_trusted_later_each_time_until_it_was_steady_for_long() {
+        let mut l = Liveness::new(LeaseTiming::default(), ms(0));
+        l.changed(ms(0), "a", "0");
+        let mut now = 0;
+        for (loss, backoff) in [0, 40, 80, 160].into_iter().enumerate() {
+            run(&mut l, now, now + 46);
+            now += 46;
+            assert_eq!(l.judge(ms(now), "a"), Heartbeat::Lost, "loss {loss}");
+            for second in 0..=backoff {
+                l.changed(ms(now + second), "a", &format!("{loss}-{second}"));
+                l.tick(ms(now + second));
+                let fresh = l.judge(ms(now + second), "a") == Heartbeat::Fresh;
+                assert_eq!(
+                    fresh,
+                    second == backoff,
+                    "loss {loss}, {second} s after its return"
+                );
+            }
+            now += backoff;
+        }
+        for second in 1..=40 * (LONGEST_BACKOFF + 1) {
+            l.changed(ms(now + second), "a", &format!("steady-{second}"));
+            l.tick(ms(now + second));
+        }
+        now += 40 * (LONGEST_BACKOFF + 1);
+        run(&mut l, now, now + 46);
+        l.changed(ms(now + 46), "a", "back");
+        assert_eq!(l.judge(ms(now + 46), "a"), Heartbeat::Fresh, "forgiven");
     }
 
     #[test]
