@@ -7,6 +7,8 @@ use kube::ResourceExt as _;
 pub const OPERATOR_MANAGER: &str = "gogrid-operator";
 /// Field manager shared by all agents: per-node managers would conflict for ever after a move.
 pub const AGENT_MANAGER: &str = "gogrid-agent";
+/// What `spec.managedBy` says where GoGrid itself decides; a job with any other value is never touched.
+pub const MANAGER: &str = "gogrid.dev/operator";
 /// The leader Lease, at a fixed place so that a second install sees the first.
 pub const LEADER_LEASE: &str = "gogrid-leader";
 /// Namespace of the leader Lease, whatever the namespace of the release.

@@ -5,6 +5,7 @@
 
 use crate::events;
 use crate::inputs;
+use crate::observe::{LeaseInfo, lease_info};
 use crate::publish;
 use gogrid_api::assignment::{JobReference, StagedInput, Stop};
 use gogrid_api::names::{INPUT_KEY, JOB_UID_LABEL, OPERATOR_MANAGER, ROLE_LABEL};
@@ -12,6 +13,7 @@ use gogrid_api::{
     Assignment, InferenceJob, InferenceJobStatus, ResourceProfile, ResourceProfileStatus, names,
 };
 use gogrid_planner::lifecycle::{Publication, Refusal};
+use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::ConfigMap;
 use k8s_openapi::api::events::v1::Event;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
@@ -27,6 +29,14 @@ use std::fmt::Debug;
 pub(crate) enum Op {
     /// The whole new status of a job, and what it tells.
     WriteStatus(Box<InferenceJobStatus>),
+    /// Fails unless a silent node's Lease is still as it was seen (`None`: absent). Asked of the store itself: a cache or
+    /// a watch may be behind.
+    EnsureSilent {
+        /// Its name.
+        lease: String,
+        /// Its version as last seen.
+        mark: Option<String>,
+    },
     /// Copy the input.
     Stage,
     /// Order an agent.
@@ -56,6 +66,7 @@ pub(crate) enum Fact {
     InputRefused(Refusal),
     Published(Publication),
     InputsGone,
+    Silent,
 }
 
 /// A step failed.
@@ -76,6 +87,9 @@ pub(crate) enum StepError {
     /// The order exists and is another one.
     #[error("assignment {0} exists with another content")]
     Taken(String),
+    /// A node that was taken for silent has renewed its Lease.
+    #[error("node lease {} was renewed: the watch is behind", .0.name)]
+    NotSilent(Box<LeaseInfo>),
     /// The status that the order is for has moved on.
     #[error("the job moved on")]
     MovedOn,
@@ -89,6 +103,7 @@ impl StepError {
             StepError::Unreachable(_) => "Unreachable",
             StepError::TimedOut => "TimedOut",
             StepError::Taken(_) => "Taken",
+            StepError::NotSilent(_) => "NotSilent",
             StepError::MovedOn => "MovedOn",
         }
     }
@@ -160,6 +175,7 @@ impl Executor {
         let job = job.ok_or(StepError::MovedOn);
         match op {
             Op::WriteStatus(status) => self.write_status(job?, *status).await,
+            Op::EnsureSilent { lease, mark } => self.ensure_silent(&lease, mark.as_deref()).await,
             Op::Stage => self.stage(job?).await,
             Op::Create(assignment) => self.create(&assignment).await,
             Op::CreateIfStill(assignment) => self.create_if_still(job?, &assignment).await,
@@ -218,6 +234,15 @@ impl Executor {
             }
         }
         Ok(Fact::Job(Box::new(written)))
+    }
+
+    async fn ensure_silent(&self, lease: &str, mark: Option<&str>) -> Result<Fact, StepError> {
+        match self.own::<Lease>().get_opt(lease).await? {
+            Some(found) if found.resource_version().as_deref() != mark => {
+                Err(StepError::NotSilent(Box::new(lease_info(found))))
+            }
+            Some(_) | None => Ok(Fact::Silent),
+        }
     }
 
     async fn stage(&self, job: &InferenceJob) -> Result<Fact, StepError> {

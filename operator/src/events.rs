@@ -21,13 +21,14 @@ pub(crate) struct Told {
 }
 
 /// Reasons that are steps on the way and no news.
-const ON_THE_WAY: [&str; 6] = [
+const ON_THE_WAY: [&str; 7] = [
     "StagingInput",
     "InspectingModel",
     "Suspended",
     "Resumed",
     "Waiting",
     "BackingOff",
+    "FormerRunEnding",
 ];
 
 /// What changed that people want to know.

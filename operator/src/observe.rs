@@ -206,7 +206,7 @@ fn node_info(node: Node) -> NodeInfo {
     }
 }
 
-fn lease_info(lease: Lease) -> LeaseInfo {
+pub(crate) fn lease_info(lease: Lease) -> LeaseInfo {
     let mark = lease.resource_version().unwrap_or_default();
     LeaseInfo {
         name: lease.name_any(),

@@ -8,7 +8,7 @@ use crate::clock;
 use crate::config::Config;
 use crate::gate::Leadership;
 use crate::metrics::Metrics;
-use crate::observe::Observation;
+use crate::observe::{Change, Observation};
 use crate::presets;
 use crate::profiles;
 use crate::round::{Memory, Round, Work, count_states};
@@ -325,6 +325,7 @@ impl Owner {
             }
             Fact::InputRefused(refusal) => memory.refused = Some((refusal, Millis(now.0 + INPUT_AGAIN))),
             Fact::Published(publication) => memory.published = Some(publication),
+            Fact::Silent => {}
             Fact::InputsGone => {
                 self.has_inputs.remove(uid);
             }
@@ -340,11 +341,17 @@ impl Owner {
             }
             return;
         };
+        if let StepError::NotSilent(lease) = &error {
+            let seen = Observation::Lease(Change::Changed(lease.clone()));
+            self.store.apply(now, seen);
+        }
         let memory = self.memory.entry(uid.to_owned()).or_default();
         memory.failures = memory.failures.saturating_add(1);
         let pause = match error {
             // The newer version is on its way through the watch.
-            StepError::Conflict(_) | StepError::MovedOn if memory.failures < 5 => 100,
+            StepError::Conflict(_) | StepError::NotSilent(_) | StepError::MovedOn if memory.failures < 5 => {
+                100
+            }
             _ => (250_u64 << memory.failures.min(7)).min(LONGEST_PAUSE),
         };
         memory.not_before = Millis(now.0 + pause);

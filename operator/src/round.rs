@@ -5,7 +5,7 @@
 
 use crate::apply::Op;
 use crate::config::Config;
-use crate::models::Models;
+use crate::models::{self, Models};
 use crate::order;
 use crate::orphans;
 use crate::status::{Draft, urgent};
@@ -13,7 +13,9 @@ use crate::store::{Claim, Store};
 use crate::validate;
 use gogrid_api::assignment::{JobReference, Kind, ModelFacts, StagedInput, State, Stop, StopReason};
 use gogrid_api::job::conditions;
-use gogrid_api::{Assignment, Bytes, InferenceJob, InferenceJobStatus, Millis, condition, effective_profile};
+use gogrid_api::{
+    Assignment, Bytes, InferenceJob, InferenceJobStatus, Millis, condition, effective_profile, names,
+};
 use gogrid_planner::lifecycle::{
     self, AGENT_RESTARTED, InputState, Publication, Refusal, RunsOn, Step, View,
 };
@@ -155,12 +157,18 @@ impl<'a> Round<'a> {
             }
         });
         let class = job.spec.priority_class_name.as_deref();
+        let current = lifecycle::current_run(job, &runs);
         let view = View {
             job,
             runs: &runs,
             now: self.wall,
             refusal: refusal.as_ref(),
             runs_on: runs_on.clone(),
+            may_run: runs.iter().copied().find(|run| {
+                Some(&run.metadata.name) != current.map(|c| &c.metadata.name)
+                    && !over(run)
+                    && !models::lost(self.store, self.now, run)
+            }),
             priority_missing: class.filter(|name| !self.store.priorities.contains_key(*name)),
             model,
             input,
@@ -168,7 +176,6 @@ impl<'a> Round<'a> {
             leftovers: !assignments.is_empty() || self.has_inputs.contains(uid),
         };
         let draft = || Draft::new(job, self.wall);
-        let current = lifecycle::current_run(job, &runs);
         let step = lifecycle::next(&view).step;
         let (name, ops) = match step {
             Step::Rest => return,
@@ -358,6 +365,22 @@ impl<'a> Round<'a> {
             .collect()
     }
 
+    /// Before an epoch is raised: each earlier run of a silent node, already told to stop, must still be silent. If it is,
+    /// its agent will find the order to stop before it may wake the worker.
+    fn silence(&self, runs: &[&Assignment]) -> Vec<Op> {
+        let mut ops = BTreeMap::new();
+        for run in runs.iter().filter(|run| !over(run)) {
+            let name = names::node_lease(&run.spec.node_name);
+            let lease = self.store.leases.get(&name);
+            let holder = lease.and_then(|l| l.holder.as_deref());
+            if holder.is_none_or(|holder| holder == run.spec.session) {
+                let mark = lease.map(|l| l.mark.clone());
+                ops.insert(name.clone(), Op::EnsureSilent { lease: name, mark });
+            }
+        }
+        ops.into_values().collect()
+    }
+
     pub(crate) fn stop_order(&self, reason: StopReason) -> Stop {
         let seconds = (self.config.timing.checkpoint().0 / 1000).max(1);
         Stop {
@@ -435,7 +458,8 @@ impl<'a> Round<'a> {
                         node: p.node_name.clone(),
                         stages: p.stages.clone(),
                     });
-                    let mut ops = vec![Op::WriteStatus(Box::new(status))];
+                    let mut ops = self.silence(runs);
+                    ops.push(Op::WriteStatus(Box::new(status)));
                     ops.extend(order.map(|o| Op::Create(Box::new(o))));
                     (ops, claim)
                 }

@@ -186,6 +186,9 @@ impl Sim {
                     memory.written = Some(Millis(self.now));
                     self.store.put_job(job);
                 }
+                Op::EnsureSilent { lease, mark } => {
+                    assert_eq!(self.store.leases.get(&lease).map(|l| l.mark.clone()), mark);
+                }
                 Op::Stage => {
                     self.has_inputs.insert(work.uid.clone());
                     memory.staged = Some(vec![StagedInput {

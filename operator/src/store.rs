@@ -283,11 +283,15 @@ impl Store {
         }
         for a in self.assignments.values().filter(|a| a.spec.kind == Kind::Run) {
             let key = (a.spec.job.uid.clone(), a.spec.epoch);
-            if a.status
+            let over = a
+                .status
                 .as_ref()
                 .and_then(|s| s.state)
-                .is_some_and(State::is_over)
-            {
+                .is_some_and(State::is_over);
+            // A node's new session begins only when nothing of the old one is left.
+            let holder = self.leases.get(&names::node_lease(&a.spec.node_name));
+            let holder = holder.and_then(|l| l.holder.as_ref()).filter(|h| !h.is_empty());
+            if over || holder.is_some_and(|h| *h != a.spec.session) {
                 claims.remove(&key);
             } else {
                 claims.insert(

@@ -36,8 +36,8 @@ pub(crate) fn refusal(spec: &InferenceJobSpec, model_roots: &[String]) -> Option
         backoff_limit: _,
         active_deadline_seconds: _,
         ttl_seconds_after_finished: _,
-        failure_policy,
-        managed_by,
+        failure_policy: _,
+        managed_by: _,
     } = spec;
     if *task != Task::TextGeneration {
         return Some(unsupported("spec.task", &format!("{task:?}")));
@@ -53,12 +53,6 @@ pub(crate) fn refusal(spec: &InferenceJobSpec, model_roots: &[String]) -> Option
     }
     if let Some(uri) = &output.uri {
         return Some(unsupported("spec.output.uri", uri));
-    }
-    if let Some(rule) = failure_policy.rules.first() {
-        return Some(unsupported("spec.failurePolicy.rules", &rule.on_reason));
-    }
-    if let Some(manager) = managed_by {
-        return Some(unsupported("spec.managedBy", manager));
     }
     if let Some(Err(error)) = memory.as_ref().map(|m| m.vram.bytes()) {
         return Some(Refusal {
@@ -145,11 +139,6 @@ mod tests {
                 json!({"output": {"uri": "s3://b/k"}}),
                 "spec.output.uri = s3://b/k",
             ),
-            (
-                json!({"failurePolicy": {"rules": [{"onReason": "OutOfMemory", "action": "Fail"}]}}),
-                "spec.failurePolicy.rules = OutOfMemory",
-            ),
-            (json!({"managedBy": "kueue"}), "spec.managedBy = kueue"),
             (
                 json!({"model": {"uri": "hf:a/b", "sha256": "0".repeat(64)}}),
                 "spec.model.uri = hf:a/b",

@@ -8,7 +8,8 @@ use crate::reason::Reason;
 use crate::world::Heartbeat;
 use gogrid_api::assignment::{Assignment, State, StopReason};
 use gogrid_api::condition;
-use gogrid_api::job::{Failure, InferenceJob, ResultStatus, conditions};
+use gogrid_api::job::{Failure, FailureAction, InferenceJob, ResultStatus, conditions};
+use gogrid_api::names;
 
 /// Why a spec is not carried out.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -74,6 +75,9 @@ pub struct View<'a> {
     pub refusal: Option<&'a Refusal>,
     /// Where the newest run is.
     pub runs_on: Option<RunsOn>,
+    /// A run of an earlier placement that may still compute: its node is not given up, its session lives and it has not
+    /// reported its end.
+    pub may_run: Option<&'a Assignment>,
     /// The named PriorityClass, when it does not exist.
     pub priority_missing: Option<&'a str>,
     /// The model.
@@ -157,6 +161,8 @@ impl From<Step> for Next {
     }
 }
 
+/// Seconds between two attempts where the failure does not count.
+const IGNORED_PAUSE: i64 = 5;
 /// Word of the failure after which a job is placed anew, uncounted: its node fell silent.
 pub const NODE_LOST: &str = "NodeLost";
 /// Word of the failure after which a job is placed anew, uncounted: its node's agent started again.
@@ -180,6 +186,12 @@ fn failure(reason: &str, message: String, retryable: bool) -> Failure {
         message,
         retryable,
     }
+}
+
+/// What the job's policy says of that failure.
+fn rule(job: &InferenceJob, reason: &str) -> Option<FailureAction> {
+    let mut rules = job.spec.failure_policy.rules.iter();
+    rules.find(|r| r.on_reason == reason).map(|r| r.action)
 }
 
 fn stop(run: &Assignment, reason: StopReason) -> Step {
@@ -210,6 +222,9 @@ pub fn current_run<'a>(job: &InferenceJob, runs: &[&'a Assignment]) -> Option<&'
 /// Decides the next step.
 pub fn next(view: &View<'_>) -> Next {
     let job = view.job;
+    if (job.spec.managed_by.as_deref()).is_some_and(|manager| manager != names::MANAGER) {
+        return Step::Rest.into();
+    }
     let default = gogrid_api::InferenceJobStatus::default();
     let status = job.status.as_ref().unwrap_or(&default);
     let is = |type_| condition::is_true(&status.conditions, type_);
@@ -291,13 +306,20 @@ pub fn next(view: &View<'_>) -> Next {
             None => Step::CreateAssignment,
         }
     } else {
-        let retry_at = since(conditions::PLACED).map(|t| t + backoff_seconds(status.attempts));
-        if status.attempts > 0
+        let ignored = status.last_failure.as_ref().and_then(|f| rule(job, &f.reason));
+        let least = if ignored == Some(FailureAction::Ignore) {
+            IGNORED_PAUSE
+        } else {
+            0
+        };
+        let seconds = backoff_seconds(status.attempts).max(least);
+        let retry_at = since(conditions::PLACED).map(|t| t + seconds);
+        if seconds > 0
             && let Some(at) = retry_at.filter(|at| *at > view.now)
         {
             let reason = Reason::BackingOff {
                 attempts: status.attempts,
-                seconds: backoff_seconds(status.attempts),
+                seconds,
             };
             return Next {
                 step: Step::Wait(reason),
@@ -389,7 +411,13 @@ fn placed_step(job: &InferenceJob, attempts: i32, run: &Assignment, lost: Option
             let cause = status
                 .failure
                 .unwrap_or_else(|| failure("Unknown", "the agent gave no reason".into(), true));
-            if !cause.retryable {
+            let action = rule(job, &cause.reason);
+            if action == Some(FailureAction::Ignore) {
+                Step::Requeue {
+                    failure: cause,
+                    counted: false,
+                }
+            } else if action == Some(FailureAction::Fail) || (action.is_none() && !cause.retryable) {
                 Step::Finish(Outcome::Failed(cause))
             } else if attempts >= job.spec.backoff_limit {
                 let message = format!(
@@ -432,9 +460,13 @@ fn waiting_step(view: &View<'_>) -> Step {
         InputState::ToStage => return Step::Stage,
         InputState::Staged => {}
     }
-    match &view.model {
-        ModelState::ToInspect => Step::Inspect,
-        ModelState::Waiting(reason) => Step::Wait(reason.clone()),
-        ModelState::Known => Step::Place,
+    match (&view.model, view.may_run) {
+        (ModelState::ToInspect, _) => Step::Inspect,
+        (ModelState::Waiting(reason), _) => Step::Wait(reason.clone()),
+        // Two epochs must never compute at the same time.
+        (ModelState::Known, Some(run)) => Step::Wait(Reason::FormerRunEnding {
+            node: run.spec.node_name.clone(),
+        }),
+        (ModelState::Known, None) => Step::Place,
     }
 }

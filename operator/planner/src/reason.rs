@@ -98,6 +98,11 @@ pub enum Reason {
         /// The node.
         node: String,
     },
+    /// An earlier run has been told to stop and may still compute.
+    FormerRunEnding {
+        /// Where.
+        node: String,
+    },
     /// A failed attempt is repeated after a pause.
     BackingOff {
         /// Attempts that failed.
@@ -127,6 +132,7 @@ impl Reason {
             Reason::Suspended => "Suspended",
             Reason::PriorityClassNotFound { .. } => "PriorityClassNotFound",
             Reason::NodeLost { .. } => "NodeLost",
+            Reason::FormerRunEnding { .. } => "FormerRunEnding",
             Reason::BackingOff { .. } => "BackingOff",
         }
     }
@@ -196,6 +202,9 @@ impl Reason {
                 format!("PriorityClass {name:?} does not exist: create it or name one of those that do")
             }
             Reason::NodeLost { node } => format!("node {node} was lost; looking for another place"),
+            Reason::FormerRunEnding { node } => {
+                format!("the earlier run on node {node} was told to stop and has not ended yet")
+            }
             Reason::BackingOff { attempts, seconds } => {
                 format!("attempt {attempts} failed; the next one starts in {seconds} s")
             }

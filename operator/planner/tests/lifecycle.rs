@@ -65,6 +65,7 @@ struct Case {
     job: InferenceJob,
     runs: Vec<Assignment>,
     on: RunsOn,
+    may_run: Option<Assignment>,
     refusal: Option<Refusal>,
     priority_missing: Option<&'static str>,
     model: ModelState,
@@ -83,6 +84,7 @@ impl Case {
                 heartbeat: Heartbeat::Fresh,
                 session: Some("s1".into()),
             },
+            may_run: None,
             refusal: None,
             priority_missing: None,
             model: ModelState::Known,
@@ -100,6 +102,7 @@ impl Case {
             now: NOW,
             refusal: self.refusal.as_ref(),
             runs_on: Some(self.on.clone()),
+            may_run: self.may_run.as_ref(),
             priority_missing: self.priority_missing,
             model: self.model.clone(),
             input: self.input.clone(),
@@ -220,6 +223,82 @@ fn a_failure_is_tried_again_only_where_that_may_help_and_only_so_often() {
         Case::new(placed(&json!({})), vec![stopped]).step(),
         Step::Requeue { counted: false, .. }
     ));
+}
+
+#[test]
+fn no_place_is_looked_for_while_an_earlier_run_may_still_compute() {
+    let mut case = Case::new(new_job(), vec![]);
+    case.may_run = Some(run(1, &json!({"state": "Stopping"})));
+    assert_eq!(
+        case.step(),
+        Step::Wait(Reason::FormerRunEnding { node: "a".into() })
+    );
+    case.may_run = None;
+    assert_eq!(case.step(), Step::Place);
+}
+
+#[test]
+fn a_rule_for_a_failure_beats_what_the_agent_says_of_it() {
+    let failed = |retryable| {
+        run(
+            1,
+            &json!({"state": "Failed", "failure": {"reason": "OutOfMemory", "message": "m", "retryable": retryable}}),
+        )
+    };
+    let with = |action: &str, limit: i32, retryable| {
+        let rules =
+            json!([{"onReason": "Other", "action": "Fail"}, {"onReason": "OutOfMemory", "action": action}]);
+        let spec = json!({"backoffLimit": limit, "failurePolicy": {"rules": rules}});
+        Case::new(placed(&spec), vec![failed(retryable)]).step()
+    };
+    assert!(matches!(with("Fail", 3, true), Step::Finish(Outcome::Failed(f)) if f.reason == "OutOfMemory"));
+    assert!(matches!(
+        with("Retry", 1, false),
+        Step::Requeue { counted: true, .. }
+    ));
+    assert!(
+        matches!(with("Retry", 0, false), Step::Finish(Outcome::Failed(f)) if f.reason == "BackoffLimitExceeded")
+    );
+    assert!(matches!(
+        with("Ignore", 0, false),
+        Step::Requeue { counted: false, .. }
+    ));
+}
+
+#[test]
+fn a_failure_that_does_not_count_is_not_repeated_without_a_pause() {
+    let spec = json!({"failurePolicy": {"rules": [{"onReason": "OutOfMemory", "action": "Ignore"}]}});
+    let waiting = |since| {
+        let status = json!({
+            "epoch": 1, "conditions": [condition("Placed", "False", since)],
+            "lastFailure": {"reason": "OutOfMemory", "message": "m", "retryable": true},
+        });
+        Case::new(job(&spec, &status), vec![]).step()
+    };
+    assert_eq!(
+        waiting(NOW - 4),
+        Step::Wait(Reason::BackingOff {
+            attempts: 0,
+            seconds: 5
+        })
+    );
+    assert_eq!(waiting(NOW - 5), Step::Place);
+}
+
+#[test]
+fn a_job_that_another_controller_manages_is_never_touched() {
+    for status in [
+        json!({}),
+        json!({"conditions": [condition("Suspended", "True", NOW)]}),
+    ] {
+        let case = Case::new(
+            job(&json!({"managedBy": "kueue.x-k8s.io/multikueue"}), &status),
+            vec![],
+        );
+        assert_eq!(case.step(), Step::Rest);
+    }
+    let own = job(&json!({"managedBy": "gogrid.dev/operator"}), &json!({}));
+    assert_eq!(Case::new(own, vec![]).step(), Step::Place);
 }
 
 #[test]
