@@ -70,6 +70,8 @@ pub struct Job {
     pub phase: Phase,
     /// When that phase began.
     pub since: Nanos,
+    /// The API server has taken the claim: nothing is fetched or spawned before.
+    pub accepted: bool,
     /// Its worker, until that was reaped.
     pub worker: Option<WorkerId>,
     /// Whether the worker was ordered killed.
@@ -96,6 +98,7 @@ impl Job {
         Self {
             phase: Phase::Claimed,
             since: now,
+            accepted: false,
             worker: None,
             killed: false,
             stopping: None,
@@ -306,14 +309,15 @@ fn advance(context: &Context<'_>, name: &str, job: &Job, order: Option<&Order>) 
     if let Some(failure) = &job.failure {
         return end(name, Ending::Failed(failure.clone()));
     }
-    if context.standing == Standing::Expired && job.worker.is_some() {
-        return kill(name);
-    }
     let Some(stopping) = job.stopping else {
         let spec = order.map(|o| &o.assignment);
         let grace = spec.and_then(|a| a.spec.stop.as_ref()).map(|s| s.grace_seconds);
         let deleted = spec.is_some_and(|a| a.metadata.deletion_timestamp.is_some());
         let grace = grace.map(|s| nanos(Millis(u64::try_from(s).unwrap_or(0).saturating_mul(1000))));
+        // Stopped for too long: handed back without a grace, and no failure of the job's.
+        if context.standing == Standing::Expired && job.worker.is_some() {
+            return Some(Step::Stop(name, now));
+        }
         let deadline = match (grace, context.shutdown) {
             (Some(grace), Some(end)) => Some(end.min(now.saturating_add(grace))),
             (Some(grace), None) => Some(now.saturating_add(grace)),
@@ -348,7 +352,7 @@ fn run(context: &Context<'_>, name: String, job: &Job) -> Option<Step> {
         };
     }
     match job.phase {
-        Phase::Claimed => Some(Step::Fetch(name)),
+        Phase::Claimed if job.accepted => Some(Step::Fetch(name)),
         Phase::Verified if context.pool && context.standing == Standing::Held => Some(Step::Spawn(name)),
         Phase::Connected => Some(Step::Load(name)),
         Phase::Running if job.exhausted => match (job.worker, job.unsaved, job.saving) {
@@ -360,7 +364,8 @@ fn run(context: &Context<'_>, name: String, job: &Job) -> Option<Step> {
         Phase::Starting if context.now >= job.since.saturating_add(nanos(START_DEADLINE)) => {
             (!job.killed).then_some(Step::Kill(name))
         }
-        Phase::Verified
+        Phase::Claimed
+        | Phase::Verified
         | Phase::Inspecting
         | Phase::Fetching
         | Phase::Starting
@@ -499,6 +504,8 @@ mod tests {
     fn a_job_goes_from_claim_to_success_one_step_at_a_time() {
         let mut job = Job::new(0);
         let at = |job: &Job| next(&HELD, &json!({}), job);
+        assert_eq!(at(&job), None, "the claim is not accepted yet");
+        job.accepted = true;
         assert_eq!(at(&job), Some(Step::Fetch("a".into())));
         job.phase = Phase::Verified;
         assert_eq!(at(&job), Some(Step::Spawn("a".into())));
@@ -610,7 +617,31 @@ mod tests {
             standing: Standing::Expired,
             ..HELD
         };
-        assert_eq!(next(&expired, &json!({}), &job), Some(Step::Kill("a".into())));
+        assert_eq!(
+            next(&expired, &json!({}), &job),
+            Some(Step::Stop("a".into(), HELD.now))
+        );
+    }
+
+    #[test]
+    fn a_worker_that_was_fenced_for_too_long_is_killed_and_handed_back_as_stopped_not_as_failed() {
+        let expired = Context {
+            standing: Standing::Expired,
+            ..HELD
+        };
+        let mut job = Job {
+            fenced: true,
+            phase: Phase::Draining,
+            stopping: Some(Stopping { deadline: HELD.now }),
+            unsaved: true,
+            ..running(Some(1))
+        };
+        let at = |job: &Job| next(&expired, &json!({}), job);
+        assert_eq!(at(&job), Some(Step::Kill("a".into())));
+        (job.worker, job.killed) = (None, true);
+        assert_eq!(at(&job), Some(Step::Save("a".into())));
+        job.unsaved = false;
+        assert_eq!(at(&job), Some(Step::Finish("a".into(), Ending::Stopped)));
     }
 
     #[test]

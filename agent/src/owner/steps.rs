@@ -390,6 +390,9 @@ impl Owner {
             Ok(version) => {
                 work.target.resource_version = version;
                 work.written = status;
+                if let Some(job) = self.jobs.get_mut(name) {
+                    job.accepted = true;
+                }
             }
             Err(WriteFailure { gone, error }) => {
                 tracing::warn!(assignment = name, error, "status was not written");
