@@ -4,8 +4,8 @@
 
 use crate::clock;
 use crate::config::Config;
-use gogrid_agent_core::session::{Nanos, Renewals};
-use gogrid_api::names;
+use gogrid_agent_core::session::{Nanos, Renewals, Session, may_take};
+use gogrid_api::{Millis, names};
 use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
 use k8s_openapi::api::core::v1::Node;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
@@ -43,6 +43,8 @@ enum RenewError {
     Deadline,
     #[error("session {0} holds the lease")]
     Superseded(String),
+    #[error("session {0} of this machine renews the lease from another state directory: it must end first")]
+    Held(String),
 }
 
 /// The Lease of one node.
@@ -51,7 +53,10 @@ pub(crate) struct Keeper {
     nodes: Api<Node>,
     node: String,
     name: String,
-    session: String,
+    session: Session,
+    former: Option<String>,
+    /// The stored version last seen before the Lease was taken, and since when.
+    seen: Option<(String, Nanos)>,
     timing: gogrid_api::LeaseTiming,
     held: Option<Lease>,
     taken: bool,
@@ -59,13 +64,15 @@ pub(crate) struct Keeper {
 
 impl Keeper {
     /// Not taken yet.
-    pub(crate) fn new(client: Client, config: &Config, session: &str) -> Self {
+    pub(crate) fn new(client: Client, config: &Config, session: Session, former: Option<String>) -> Self {
         Self {
             api: Api::namespaced(client.clone(), &config.namespace),
             nodes: Api::all(client),
             node: config.node.clone(),
             name: names::node_lease(&config.node),
-            session: session.to_owned(),
+            session,
+            former,
+            seen: None,
             timing: config.timing,
             held: None,
             taken: false,
@@ -91,7 +98,7 @@ impl Keeper {
                     let _ = events.send(LeaseEvent::Superseded { holder }).await;
                     return;
                 }
-                Err(error @ (RenewError::Api(_) | RenewError::Deadline)) => {
+                Err(error @ (RenewError::Api(_) | RenewError::Deadline | RenewError::Held(_))) => {
                     renewals.failed();
                     LeaseEvent::Failed {
                         error: error.to_string(),
@@ -124,16 +131,38 @@ impl Keeper {
     }
 
     /// The stored Lease; an error when it has been taken from this session.
-    async fn look(&self) -> Result<Option<Lease>, RenewError> {
+    async fn look(&mut self) -> Result<Option<Lease>, RenewError> {
         let lease = self.api.get_opt(&self.name).await?;
         let holder = lease
             .as_ref()
             .and_then(|l| l.spec.as_ref())
             .and_then(|s| s.holder_identity.clone());
-        match holder.filter(|holder| self.taken && *holder != self.session) {
-            Some(holder) => Err(RenewError::Superseded(holder)),
-            None => Ok(lease),
+        let me = self.session.to_string();
+        match holder.filter(|holder| *holder != me) {
+            Some(holder) if self.taken => Err(RenewError::Superseded(holder)),
+            Some(holder) if !self.may_take(lease.as_ref(), &holder) => Err(RenewError::Held(holder)),
+            Some(_) | None => Ok(lease),
         }
+    }
+
+    fn may_take(&mut self, lease: Option<&Lease>, holder: &str) -> bool {
+        let now = clock::boottime();
+        let mark = lease
+            .and_then(|l| l.metadata.resource_version.clone())
+            .unwrap_or_default();
+        let since = match &self.seen {
+            Some((old, since)) if *old == mark => *since,
+            Some(_) | None => now,
+        };
+        self.seen = Some((mark, since));
+        let unchanged = Millis(now.saturating_sub(since) / 1_000_000);
+        may_take(
+            Some(holder),
+            &self.session,
+            self.former.as_deref(),
+            unchanged,
+            self.timing,
+        )
     }
 
     /// A Lease that is made gets its Node as owner, where that can be read; one that is there keeps what it has.
@@ -147,7 +176,8 @@ impl Keeper {
 
     async fn write(&self, before: Option<&Lease>) -> Result<Lease, kube::Error> {
         let old = before.and_then(|l| l.spec.clone()).unwrap_or_default();
-        let same = old.holder_identity.as_deref() == Some(&self.session);
+        let me = self.session.to_string();
+        let same = old.holder_identity.as_deref() == Some(&me);
         let now = clock::wall_micros();
         let transitions = old.lease_transitions.unwrap_or(0);
         let seconds = i32::try_from(self.timing.lease().0 / 1000).unwrap_or(i32::MAX);
@@ -160,7 +190,7 @@ impl Keeper {
             },
             spec: Some(LeaseSpec {
                 acquire_time: old.acquire_time.filter(|_| same).or_else(|| Some(now.clone())),
-                holder_identity: Some(self.session.clone()),
+                holder_identity: Some(me),
                 lease_duration_seconds: Some(seconds),
                 lease_transitions: Some(if same {
                     transitions

@@ -91,7 +91,8 @@ fn main() -> anyhow::Result<ExitCode> {
         })
         .enable_all()
         .build()?;
-    let end = runtime.block_on(run(config, heavy.handle().clone()))?;
+    // The lock outlives everything that this agent started.
+    let (end, _lock) = runtime.block_on(run(config, heavy.handle().clone()))?;
     tracing::info!(%end, "the agent ends");
     // Children die with this process; nothing is worth waiting for.
     heavy.shutdown_background();
@@ -102,13 +103,20 @@ fn main() -> anyhow::Result<ExitCode> {
     })
 }
 
-async fn run(config: Config, heavy: tokio::runtime::Handle) -> anyhow::Result<End> {
+async fn run(config: Config, heavy: tokio::runtime::Handle) -> anyhow::Result<(End, std::fs::File)> {
     std::fs::create_dir_all(&config.state_dir).context("state directory")?;
     let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").context("boot id")?;
     let instance = std::fs::read_to_string("/proc/sys/kernel/random/uuid").context("instance id")?;
     let session = Session::new(&boot, &instance);
+    let state_dir = config.state_dir.clone();
+    let lock = tokio::task::spawn_blocking(move || previous::lock(&state_dir)).await??;
     // Nothing of the old session may run when the new one is published.
-    let (processes, ended) = previous::Processes::take_over(&config.state_dir, session.boot())?;
+    let (processes, ended, former) = loop {
+        match previous::Processes::take_over(&config.state_dir, &session) {
+            Err(error @ previous::PreviousError::StillThere(_)) => tracing::error!(%error, "waiting for it"),
+            other => break other?,
+        }
+    };
     tracing::info!(%session, node = config.node, ended, "agent starts");
 
     let metrics = metrics::Metrics::new(config.timing)?;
@@ -165,7 +173,7 @@ async fn run(config: Config, heavy: tokio::runtime::Handle) -> anyhow::Result<En
     tokio::spawn(keep_lease(
         clients.lease.clone(),
         config.clone(),
-        session.to_string(),
+        (session.clone(), former),
         cleared,
         hub.clone(),
     ));
@@ -182,13 +190,13 @@ async fn run(config: Config, heavy: tokio::runtime::Handle) -> anyhow::Result<En
         clear,
         watch_again,
     };
-    Ok(Owner::new(tools).run(events).await)
+    Ok((Owner::new(tools).run(events).await, lock))
 }
 
 async fn keep_lease(
     client: kube::Client,
     config: Config,
-    session: String,
+    (session, former): (Session, Option<String>),
     cleared: tokio::sync::oneshot::Receiver<()>,
     hub: Hub,
 ) {
@@ -196,7 +204,7 @@ async fn keep_lease(
         return;
     }
     let (sender, mut renewals) = tokio::sync::mpsc::channel(16);
-    tokio::spawn(lease::Keeper::new(client, &config, &session).keep(sender));
+    tokio::spawn(lease::Keeper::new(client, &config, session, former).keep(sender));
     while let Some(event) = renewals.recv().await {
         hub.send(Event::Lease(event)).await;
     }

@@ -3,7 +3,9 @@
 //! Owns: the record in the state directory, and ending what it names. A process id alone proves nothing: its start
 //! time must match. Must not end anything else.
 
+use gogrid_agent_core::session::Session;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{FlockOperation, flock};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 use std::fs;
@@ -16,6 +18,8 @@ const GONE_SECONDS: i64 = 10;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Listed {
     boot: String,
+    #[serde(default)]
+    session: String,
     processes: Vec<Process>,
 }
 
@@ -67,9 +71,39 @@ fn start_time(pid: i32) -> Option<u64> {
     }
 }
 
+/// Waits until no other agent uses the state directory, and keeps others out for as long as the file is open: an agent
+/// that lives can't be taken over, because what it starts next is in no record yet.
+pub(crate) fn lock(state_dir: &Path) -> Result<fs::File, PreviousError> {
+    let path = state_dir.join("lock");
+    let failed = |source: io::Error| PreviousError::Record {
+        path: path.clone(),
+        source,
+    };
+    let file = fs::File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path)
+        .map_err(failed)?;
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => return Ok(file),
+        Err(rustix::io::Errno::WOULDBLOCK) => {}
+        Err(error) => return Err(failed(error.into())),
+    }
+    tracing::warn!(path = %path.display(), "another agent uses this state directory: waiting for it to end");
+    rustix::io::retry_on_intr(|| flock(&file, FlockOperation::LockExclusive))
+        .map_err(|e| failed(e.into()))?;
+    Ok(file)
+}
+
 impl Processes {
-    /// Ends what an earlier session left behind and begins an empty record. Returns how many were ended.
-    pub(crate) fn take_over(state_dir: &Path, boot: &str) -> Result<(Self, usize), PreviousError> {
+    /// Ends what an earlier session left behind and begins an empty record. Returns how many were ended, and that session:
+    /// nothing of it is left.
+    pub(crate) fn take_over(
+        state_dir: &Path,
+        session: &Session,
+    ) -> Result<(Self, usize, Option<String>), PreviousError> {
+        let boot = session.boot();
         let path = state_dir.join("processes.json");
         let failed = |source| PreviousError::Record {
             path: path.clone(),
@@ -90,11 +124,13 @@ impl Processes {
             path: path.clone(),
             listed: Listed {
                 boot: boot.to_owned(),
+                session: session.to_string(),
                 processes: vec![],
             },
         };
         record.write().map_err(failed)?;
-        Ok((record, ended))
+        let former = Some(old.session).filter(|session| !session.is_empty());
+        Ok((record, ended, former))
     }
 
     /// Adds a process; it must be running.
@@ -176,12 +212,31 @@ mod tests {
     fn a_process_of_the_old_session_is_gone_before_the_new_record_begins() {
         let dir = tempfile::tempdir().unwrap();
         let mut child = std::process::Command::new("sleep").arg("600").spawn().unwrap();
-        let (mut record, ended) = Processes::take_over(dir.path(), "boot").unwrap();
-        assert_eq!(ended, 0);
+        let old = Session::new("boot", "old");
+        let (mut record, ended, former) = Processes::take_over(dir.path(), &old).unwrap();
+        assert_eq!((ended, former), (0, None));
         record.add(child.id()).unwrap();
-        let (_, ended) = Processes::take_over(dir.path(), "boot").unwrap();
-        assert_eq!(ended, 1);
+        let (_, ended, former) = Processes::take_over(dir.path(), &Session::new("boot", "new")).unwrap();
+        assert_eq!((ended, former), (1, Some("boot/old".into())));
         assert!(!child.wait().unwrap().success());
+    }
+
+    #[test]
+    fn a_second_agent_waits_for_the_state_directory_until_the_first_has_ended() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = lock(dir.path()).unwrap();
+        let path = dir.path().to_owned();
+        let (sender, receiver) = std::sync::mpsc::channel();
+        let second = std::thread::spawn(move || {
+            let lock = lock(&path).unwrap();
+            sender.send(()).unwrap();
+            lock
+        });
+        let waited = receiver.recv_timeout(std::time::Duration::from_millis(200));
+        assert!(waited.is_err(), "two agents hold the same directory");
+        drop(first);
+        receiver.recv().unwrap();
+        second.join().unwrap();
     }
 
     #[test]
@@ -192,6 +247,7 @@ mod tests {
         for (boot, start) in [("boot", 1), ("earlier", start_time(pid).unwrap())] {
             let listed = Listed {
                 boot: boot.into(),
+                session: String::new(),
                 processes: vec![Process { pid, start }],
             };
             fs::write(
@@ -199,7 +255,8 @@ mod tests {
                 serde_json::to_vec(&listed).unwrap(),
             )
             .unwrap();
-            assert_eq!(Processes::take_over(dir.path(), "boot").unwrap().1, 0);
+            let taken = Processes::take_over(dir.path(), &Session::new("boot", "new"));
+            assert_eq!(taken.unwrap().1, 0);
         }
         assert!(child.try_wait().unwrap().is_none());
         child.kill().unwrap();

@@ -138,6 +138,25 @@ impl Renewals {
     }
 }
 
+/// Whether a session that begins may take the Lease from the one that holds it.
+///
+/// It may where nothing of the holder can be left: it is `former`, whose processes in this state directory are gone; the
+/// machine was started since; or its Lease was seen `unchanged` for so long that its workers stand still. Otherwise the
+/// holder may be a living agent with workers of its own, that would learn of its end only at its next renewal.
+pub fn may_take(
+    holder: Option<&str>,
+    session: &Session,
+    former: Option<&str>,
+    unchanged: Millis,
+    timing: LeaseTiming,
+) -> bool {
+    let Some(holder) = holder.filter(|h| !h.is_empty()) else {
+        return true;
+    };
+    let boot = holder.split_once('/').map_or(holder, |(boot, _)| boot);
+    Some(holder) == former || boot != session.boot || unchanged > timing.replace_after()
+}
+
 /// The order was written by a leader that has been followed by another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("ordered under leader term {ordered}, but the leader lease is at term {current}")]
@@ -168,6 +187,22 @@ mod tests {
     #[test]
     fn a_session_is_named_by_boot_and_instance() {
         assert_eq!(Session::new("b\n", "i").to_string(), "b/i");
+    }
+
+    #[test]
+    fn a_lease_is_taken_only_from_a_session_of_which_nothing_can_be_left() {
+        let timing = LeaseTiming::default();
+        let me = Session::new("boot", "me");
+        let take = |holder, former, unchanged| may_take(holder, &me, former, Millis(unchanged), timing);
+        assert!(take(None, None, 0) && take(Some(""), None, 0), "nobody's");
+        assert!(
+            take(Some("boot/a"), Some("boot/a"), 0),
+            "its processes were ended"
+        );
+        assert!(take(Some("earlier/a"), None, 0), "the machine was started since");
+        assert!(!take(Some("boot/a"), None, 0), "it may live");
+        assert!(!take(Some("boot/a"), Some("boot/b"), 45_000));
+        assert!(take(Some("boot/a"), None, 45_001), "its workers stand still");
     }
 
     #[test]
