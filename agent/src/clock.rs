@@ -15,15 +15,30 @@ pub(crate) fn boottime() -> Nanos {
         .saturating_add(u64::try_from(now.tv_nsec).unwrap_or(0))
 }
 
+/// What the wall clock is wrong by, in seconds: for tests that step it.
+#[cfg(feature = "faults")]
+pub(crate) static WALL_OFFSET: std::sync::atomic::AtomicI64 = std::sync::atomic::AtomicI64::new(0);
+
+fn wall_now() -> jiff::Timestamp {
+    let now = jiff::Timestamp::now();
+    #[cfg(feature = "faults")]
+    let now = {
+        let offset = WALL_OFFSET.load(std::sync::atomic::Ordering::Relaxed);
+        now.saturating_add(jiff::SignedDuration::from_secs(offset))
+            .unwrap_or(now)
+    };
+    now
+}
+
 /// The wall clock to the second, for status fields.
 pub(crate) fn wall() -> Time {
-    let now = jiff::Timestamp::now();
+    let now = wall_now();
     Time(jiff::Timestamp::from_second(now.as_second()).unwrap_or(now))
 }
 
 /// The wall clock to the microsecond, for Leases.
 pub(crate) fn wall_micros() -> MicroTime {
-    MicroTime(jiff::Timestamp::now())
+    MicroTime(wall_now())
 }
 
 /// Waits until an instant of CLOCK_BOOTTIME.

@@ -58,10 +58,18 @@ pub(crate) struct Flags {
     /// Form of log lines.
     #[arg(long, value_enum, default_value = "json")]
     log_format: LogFormat,
-    /// Crash point for tests: kill-before=N or kill-after=N.
+    /// A fault at chosen requests, such as kill-before=3; may be repeated.
+    #[cfg(feature = "faults")]
+    #[arg(long = "fault")]
+    faults: Vec<gogrid_faults::Fault>,
+    /// What the wall clock of this agent is wrong by.
+    #[cfg(feature = "faults")]
+    #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
+    wall_offset_seconds: i64,
+    /// Directory into which workers stamp each of their steps.
     #[cfg(feature = "faults")]
     #[arg(long)]
-    fault: Option<crate::faults::Fault>,
+    stamps: Option<PathBuf>,
 }
 
 /// The agent's settings, checked.
@@ -93,9 +101,15 @@ pub(crate) struct Config {
     pub(crate) metrics: SocketAddr,
     /// Form of log lines.
     pub(crate) log: LogFormat,
-    /// Crash point.
+    /// Faults at chosen requests.
     #[cfg(feature = "faults")]
-    pub(crate) fault: Option<crate::faults::Fault>,
+    pub(crate) faults: Vec<gogrid_faults::Fault>,
+    /// What the wall clock is wrong by.
+    #[cfg(feature = "faults")]
+    pub(crate) wall_offset_seconds: i64,
+    /// Where workers stamp their steps.
+    #[cfg(feature = "faults")]
+    pub(crate) stamps: Option<PathBuf>,
 }
 
 /// A flag that can't be used.
@@ -139,7 +153,11 @@ impl TryFrom<Flags> for Config {
             metrics_addr,
             log_format,
             #[cfg(feature = "faults")]
-            fault,
+            faults,
+            #[cfg(feature = "faults")]
+            wall_offset_seconds,
+            #[cfg(feature = "faults")]
+            stamps,
         } = flags;
         if node_name.is_empty() || node_name.len() > 253 {
             return Err(ConfigError::NodeName);
@@ -170,7 +188,11 @@ impl TryFrom<Flags> for Config {
             metrics: metrics_addr,
             log: log_format,
             #[cfg(feature = "faults")]
-            fault,
+            faults,
+            #[cfg(feature = "faults")]
+            wall_offset_seconds,
+            #[cfg(feature = "faults")]
+            stamps,
         })
     }
 }

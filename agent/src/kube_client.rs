@@ -44,11 +44,12 @@ pub(crate) async fn connect(config: &Config) -> Result<(Clients, Vec<IpAddr>), k
         ClientBuilder::try_from(config)
     };
     let api = client(CALL, Duration::from_secs(5))?;
+    let lease = client(attempt, attempt)?;
     #[cfg(feature = "faults")]
-    let api = api.with_layer(&crate::faults::FaultLayer(
-        config.fault,
-        std::sync::Arc::default(),
-    ));
+    let (api, lease) = {
+        let faults = gogrid_faults::FaultLayer::new(config.faults.clone());
+        (api.with_layer(&faults), lease.with_layer(&faults))
+    };
     let clients = Clients {
         api: api.build(),
         watch: client(
@@ -56,7 +57,7 @@ pub(crate) async fn connect(config: &Config) -> Result<(Clients, Vec<IpAddr>), k
             Duration::from_secs(5),
         )?
         .build(),
-        lease: client(attempt, attempt)?.build(),
+        lease: lease.build(),
     };
     Ok((clients, addresses))
 }

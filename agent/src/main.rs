@@ -8,8 +8,6 @@ mod clock;
 mod config;
 mod devices;
 mod event;
-#[cfg(feature = "faults")]
-mod faults;
 mod header;
 mod kube_client;
 mod lease;
@@ -66,6 +64,8 @@ fn main() -> anyhow::Result<ExitCode> {
     }
     let flags = flags.context("--node-name and --state-dir are needed")?;
     let config = Config::try_from(flags)?;
+    #[cfg(feature = "faults")]
+    clock::WALL_OFFSET.store(config.wall_offset_seconds, std::sync::atomic::Ordering::Relaxed);
     // The client's own layer logs every failed request at ERROR; each is judged and logged by its caller.
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,kube_client=off"));
@@ -140,9 +140,16 @@ async fn run(config: Config, heavy: tokio::runtime::Handle) -> anyhow::Result<(E
         .as_ref()
         .map(|_| Arc::new(Mutex::new(processes)));
     if let (Some(worker), Some(processes)) = (&config.worker_binary, &processes) {
+        #[cfg(feature = "faults")]
+        let stamps = config.stamps.clone();
+        #[cfg(not(feature = "faults"))]
+        let stamps = None;
         spawner::start(
-            worker.clone(),
-            config.socket.clone(),
+            spawner::Pool {
+                worker: worker.clone(),
+                socket: config.socket.clone(),
+                stamps,
+            },
             Arc::clone(processes),
             hub.clone(),
         )?;

@@ -7,7 +7,7 @@ use crate::event::{Event, Hub};
 use crate::previous::Processes;
 use crate::sys;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -15,16 +15,25 @@ use std::time::Duration;
 /// Between an end of the pool and its next start.
 const PAUSE: Duration = Duration::from_secs(1);
 
+/// How the pool is started.
+pub(crate) struct Pool {
+    /// Its program.
+    pub(crate) worker: PathBuf,
+    /// Where it connects.
+    pub(crate) socket: PathBuf,
+    /// Where workers stamp their steps, in tests.
+    pub(crate) stamps: Option<PathBuf>,
+}
+
 /// Starts the thread. Dropping the answer does not end it: it lasts as long as the process.
 pub(crate) fn start(
-    worker: PathBuf,
-    socket: PathBuf,
+    pool: Pool,
     processes: Arc<Mutex<Processes>>,
     hub: Hub,
 ) -> io::Result<std::thread::JoinHandle<()>> {
     std::thread::Builder::new().name("spawner".into()).spawn(move || {
         loop {
-            run(&worker, &socket, &processes);
+            run(&pool, &processes);
             let gone = processes.lock().unwrap_or_else(PoisonError::into_inner).end_all();
             match gone {
                 Ok(()) => hub.send_blocking(Event::PoolEnded),
@@ -35,7 +44,12 @@ pub(crate) fn start(
     })
 }
 
-fn run(worker: &Path, socket: &Path, processes: &Mutex<Processes>) {
+fn run(pool: &Pool, processes: &Mutex<Processes>) {
+    let Pool {
+        worker,
+        socket,
+        stamps,
+    } = pool;
     let mut command = Command::new(worker);
     command
         .arg("pool")
@@ -43,6 +57,9 @@ fn run(worker: &Path, socket: &Path, processes: &Mutex<Processes>) {
         .arg(socket)
         .arg("--die-with-parent")
         .stdin(Stdio::null());
+    if let Some(stamps) = stamps {
+        command.arg("--stamps").arg(stamps);
+    }
     // The pool sees no token, no kubeconfig and nothing else of the agent's environment.
     command.env_clear();
     let mut child = match sys::spawn_bound(&mut command) {

@@ -3,9 +3,15 @@
 //! Owns: building the clients. Must not: retry; kube's own retry layer would hold a write back until it is stale.
 
 use crate::gate::GateLayer;
-use kube::client::ClientBuilder;
+use http::{Request, Response};
+use kube::client::{Body, ClientBuilder, DynBody};
 use kube::{Client, Config};
 use std::time::Duration;
+use tower::util::BoxService;
+use tower::{BoxError, Layer, Service};
+
+/// What kube makes of a configuration.
+type GenericService = BoxService<Request<Body>, Response<Box<DynBody>>, BoxError>;
 
 /// No client could be made.
 #[derive(Debug, thiserror::Error)]
@@ -24,13 +30,18 @@ pub(crate) async fn config() -> Result<Config, ClientError> {
     config.default_retry = false;
     config.connect_timeout = Some(Duration::from_secs(5));
     config.write_timeout = Some(Duration::from_secs(10));
-    // Watches are ended by the server within five minutes and carry bookmarks before that.
-    config.read_timeout = Some(Duration::from_secs(330));
+    // Watches carry a bookmark about once a minute: one that is silent for longer hangs on a dead connection.
+    config.read_timeout = Some(Duration::from_secs(90));
     Ok(config)
 }
 
-/// A client with a connection of its own, behind the gate.
-pub(crate) fn gated(config: Config, gate: &GateLayer) -> Result<Client, ClientError> {
+/// A client with a connection of its own, behind the gate; `beneath` lies between the two.
+pub(crate) fn gated<L>(config: Config, beneath: &L, gate: &GateLayer) -> Result<Client, ClientError>
+where
+    L: Layer<GenericService>,
+    L::Service: Service<Request<Body>, Response = Response<Box<DynBody>>, Error = BoxError> + Send + 'static,
+    <L::Service as Service<Request<Body>>>::Future: Send + 'static,
+{
     let builder = ClientBuilder::try_from(config).map_err(|e| ClientError::Build(Box::new(e)))?;
-    Ok(builder.with_layer(gate).build())
+    Ok(builder.with_layer(beneath).with_layer(gate).build())
 }

@@ -41,10 +41,10 @@ pub(crate) struct Flags {
     /// Jobs worked on at the same time.
     #[arg(long, default_value_t = 8)]
     concurrency: u16,
-    /// Kills the process around its N-th mutating request.
+    /// A fault at chosen requests, such as kill-before=3; may be repeated.
     #[cfg(feature = "faults")]
-    #[arg(long)]
-    fault: Option<crate::faults::Fault>,
+    #[arg(long = "fault")]
+    faults: Vec<gogrid_faults::Fault>,
 }
 
 /// What the operator goes by.
@@ -58,7 +58,7 @@ pub(crate) struct Config {
     pub(crate) log_format: LogFormat,
     pub(crate) concurrency: usize,
     #[cfg(feature = "faults")]
-    pub(crate) fault: Option<crate::faults::Fault>,
+    pub(crate) faults: Vec<gogrid_faults::Fault>,
 }
 
 /// A flag can't be used.
@@ -101,7 +101,7 @@ impl Flags {
             log_format: self.log_format,
             concurrency: self.concurrency.into(),
             #[cfg(feature = "faults")]
-            fault: self.fault,
+            faults: self.faults,
         })
     }
 }

@@ -60,8 +60,6 @@ pub(crate) struct GateLayer {
     pub(crate) leadership: Arc<Leadership>,
     pub(crate) deadline: Duration,
     pub(crate) metrics: Arc<Metrics>,
-    #[cfg(feature = "faults")]
-    pub(crate) striker: Option<Arc<crate::faults::Striker>>,
 }
 
 impl<S> Layer<S> for GateLayer {
@@ -122,26 +120,17 @@ where
         }
         let verb = request.method().as_str().to_lowercase();
         self.layer.metrics.api_calls.with_label_values(&[&verb]).inc();
-        #[cfg(feature = "faults")]
-        let struck = gated
-            .then(|| self.layer.striker.clone().map(|s| (s.sending(), s)))
-            .flatten();
         let answer = self.inner.call(request);
         let deadline = self.layer.deadline;
         let watch = watches(&query);
         Box::pin(async move {
-            let answer = if watch {
+            if watch {
                 answer.await
             } else {
                 tokio::time::timeout(deadline, answer)
                     .await
                     .unwrap_or_else(|_| Err(BoxError::from(TimedOut(deadline))))
-            };
-            #[cfg(feature = "faults")]
-            if let Some((number, striker)) = struck {
-                striker.answered(number);
             }
-            answer
         })
     }
 }

@@ -7,8 +7,6 @@ mod client;
 mod clock;
 mod config;
 mod events;
-#[cfg(feature = "faults")]
-mod faults;
 mod gate;
 mod inputs;
 mod leader;
@@ -83,13 +81,16 @@ async fn run(config: Config) -> anyhow::Result<()> {
         leadership: leadership.clone(),
         deadline,
         metrics: metrics.clone(),
-        #[cfg(feature = "faults")]
-        striker: config.fault.map(|f| Arc::new(faults::Striker::new(f))),
     };
     let kube_config = client::config().await.context("the API server")?;
-    let work_client = client::gated(kube_config.clone(), &gate).context("the API server")?;
+    // Beneath the gate: what is struck had been let through.
+    #[cfg(feature = "faults")]
+    let beneath = gogrid_faults::FaultLayer::new(config.faults.clone());
+    #[cfg(not(feature = "faults"))]
+    let beneath = tower::layer::util::Identity::new();
+    let work_client = client::gated(kube_config.clone(), &beneath, &gate).context("the API server")?;
     // The election has a connection of its own: it must not wait behind a burst of work.
-    let lead_client = client::gated(kube_config, &gate).context("the API server")?;
+    let lead_client = client::gated(kube_config, &beneath, &gate).context("the API server")?;
 
     let (stop_serving, serving) = watch::channel(false);
     let (stop_work, working) = watch::channel(false);

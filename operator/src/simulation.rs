@@ -40,7 +40,7 @@ impl Sim {
             log_format: LogFormat::Text,
             concurrency: 8,
             #[cfg(feature = "faults")]
-            fault: None,
+            faults: vec![],
         };
         let mut sim = Self {
             store: Store::new(config.timing),

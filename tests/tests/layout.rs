@@ -15,7 +15,7 @@ use std::process::Command;
 use serde_json::Value;
 
 /// Every crate and the crates of ours it may depend on. A new crate finds its floor here first.
-const ARROWS: [(&str, &[&str]); 11] = [
+const ARROWS: [(&str, &[&str]); 12] = [
     ("gogrid-api", &[]),
     ("gogrid-gguf", &[]),
     ("gogrid-store", &[]),
@@ -24,12 +24,19 @@ const ARROWS: [(&str, &[&str]); 11] = [
     ("gogrid-worker", &["gogrid-gguf", "gogrid-agent-core"]),
     (
         "gogrid-operator",
-        &["gogrid-planner", "gogrid-api", "gogrid-gguf"],
+        &["gogrid-planner", "gogrid-api", "gogrid-gguf", FAULTS],
     ),
     (
         "gogrid-agent",
-        &["gogrid-agent-core", "gogrid-store", "gogrid-gguf", "gogrid-api"],
+        &[
+            "gogrid-agent-core",
+            "gogrid-store",
+            "gogrid-gguf",
+            "gogrid-api",
+            FAULTS,
+        ],
     ),
+    (FAULTS, &[]),
     ("kubectl-gogrid", &["gogrid-api", "gogrid-planner"]),
     ("gogrid-testmodels", &[]),
     (
@@ -43,6 +50,8 @@ const ARROWS: [(&str, &[&str]); 11] = [
         ],
     ),
 ];
+/// Faults at chosen requests: behind a feature that no release has.
+const FAULTS: &str = "gogrid-faults";
 /// The crate of scenarios: it may see every library, and no crate may see it.
 const SCENARIOS: &str = "gogrid-tests";
 /// What any crate's own tests may use besides.
@@ -203,6 +212,14 @@ fn only_the_worker_links_the_tensor_library() {
     {
         let links = linked_into(package).contains("candle-core");
         assert_eq!(links, *package == "gogrid-worker", "{package}");
+    }
+}
+
+#[test]
+fn no_release_can_be_told_to_fail() {
+    for package in ["gogrid-operator", "gogrid-agent"] {
+        let linked = linked_into(package);
+        assert!(linked.contains(package) && !linked.contains(FAULTS), "{package}");
     }
 }
 

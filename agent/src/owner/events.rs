@@ -250,7 +250,8 @@ impl Owner {
     fn pool_says(&mut self, message: FromPool, now: Nanos) {
         match message {
             FromPool::Spawned { worker, pid } => {
-                tracing::info!(worker, pid, "worker started");
+                let assignment = self.workers.get(&worker);
+                tracing::info!(worker, pid, assignment, "worker started");
                 if let Some(processes) = self.tools.processes.clone() {
                     // A file write: short, but not for the owner's loop.
                     tokio::task::spawn_blocking(move || {

@@ -35,6 +35,9 @@ enum Command {
         /// End when the process that started this one ends.
         #[arg(long)]
         die_with_parent: bool,
+        /// Directory into which each worker stamps the beginning and end of every step, for tests.
+        #[arg(long, hide = true)]
+        stamps: Option<PathBuf>,
     },
     /// Answer records for the agent; started by the pool.
     #[command(hide = true)]
@@ -45,6 +48,9 @@ enum Command {
         /// Its name.
         #[arg(long)]
         worker: u64,
+        /// Directory for its stamps.
+        #[arg(long)]
+        stamps: Option<PathBuf>,
     },
     /// Show what a model is and what memory it takes.
     Inspect {
@@ -121,8 +127,13 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
         Command::Pool {
             socket,
             die_with_parent,
-        } => pool::serve(socket, *die_with_parent).context("serving the agent"),
-        Command::Worker { socket, worker } => return worker::run(socket, *worker),
+            stamps,
+        } => pool::serve(socket, *die_with_parent, stamps.as_deref()).context("serving the agent"),
+        Command::Worker {
+            socket,
+            worker,
+            stamps,
+        } => return worker::run(socket, *worker, stamps.as_deref()),
         Command::Inspect {
             file,
             json,

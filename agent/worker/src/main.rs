@@ -13,6 +13,7 @@ mod pool;
 mod records;
 mod resident;
 mod session;
+mod stamps;
 mod sys;
 mod wire;
 mod worker;

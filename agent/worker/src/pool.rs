@@ -39,13 +39,14 @@ const FIRST_PAUSE: u64 = 100_000_000;
 const LONGEST_PAUSE: u64 = 5_000_000_000;
 
 /// Serves agents one after the other, for ever.
-pub(crate) fn serve(socket: &Path, die_with_parent: bool) -> io::Result<()> {
+pub(crate) fn serve(socket: &Path, die_with_parent: bool, stamps: Option<&Path>) -> io::Result<()> {
     if die_with_parent {
         rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
     }
     let (events, inbox) = mpsc::channel();
     let mut pool = Pool {
         socket: socket.to_owned(),
+        stamps: stamps.map(Path::to_owned),
         workers: BTreeMap::new(),
         events,
     };
@@ -69,6 +70,7 @@ pub(crate) fn serve(socket: &Path, die_with_parent: bool) -> io::Result<()> {
 
 struct Pool {
     socket: PathBuf,
+    stamps: Option<PathBuf>,
     workers: BTreeMap<WorkerId, Child>,
     events: mpsc::Sender<Event>,
 }
@@ -173,6 +175,9 @@ impl Pool {
             .process_group(0)
             .stdin(Stdio::piped())
             .stdout(Stdio::null());
+        if let Some(stamps) = &self.stamps {
+            command.arg("--stamps").arg(stamps);
+        }
         sys::tie_to_this_thread(&mut command);
         let mut child = command.spawn()?;
         let pid = child.id();

@@ -10,6 +10,7 @@ use crate::engine::load::Size;
 use crate::permit::{Keeper, Wait};
 use crate::records::{self, Input, Record};
 use crate::resident::{Pace, PromptError, Resident, Source};
+use crate::stamps::Stamps;
 use crate::wire::{Receiver, Sender, WireError};
 use crate::{clock, limits, num};
 use gogrid_agent_core::protocol::{
@@ -88,6 +89,7 @@ struct Begun {
 /// The state of a worker.
 pub(crate) struct Session {
     sender: Sender,
+    stamps: Option<Stamps>,
     limits: WorkerLimits,
     keeper: Keeper<Resident>,
     gate: RequestGate,
@@ -117,10 +119,11 @@ enum Next {
 }
 
 impl Session {
-    pub(crate) fn new(sender: Sender, limits: WorkerLimits, threads: usize) -> Self {
+    pub(crate) fn new(sender: Sender, limits: WorkerLimits, threads: usize, stamps: Option<Stamps>) -> Self {
         let keeper = Keeper::new(candle_core::Device::Cpu, Resident::Empty, threads);
         Self {
             sender,
+            stamps,
             gate: RequestGate::new(limits.request_interval),
             limits,
             keeper,
@@ -378,7 +381,19 @@ impl Session {
             return Ok(Next::Message);
         };
         let pace = &mut self.pace;
-        let events = match self.keeper.run(now, |_, resident| resident.advance(batch, pace)) {
+        let stamps = &mut self.stamps;
+        let mut mark = || {
+            if let Some(stamps) = stamps.as_mut() {
+                stamps.mark(clock::boottime());
+            }
+        };
+        let mut step = |resident: &mut Resident| {
+            mark();
+            let events = resident.advance(batch, pace);
+            mark();
+            events
+        };
+        let events = match self.keeper.run(now, |_, resident| step(resident)) {
             Ok(events) => events,
             Err(wait) => return Ok(self.blocked(wait, now)),
         };

@@ -4,6 +4,7 @@
 
 use crate::pool::Start;
 use crate::session::{self, Session};
+use crate::stamps::Stamps;
 use crate::wire;
 use crate::{compute_environment, limits, sys};
 use anyhow::{Context, Result};
@@ -21,7 +22,7 @@ const EXIT_PANIC: u8 = 70;
 const MAX_START: u64 = 64 << 10;
 
 /// Runs one worker until the agent is gone or it can't go on.
-pub(crate) fn run(socket: &Path, worker: WorkerId) -> Result<ExitCode> {
+pub(crate) fn run(socket: &Path, worker: WorkerId, stamps: Option<&Path>) -> Result<ExitCode> {
     let mut text = String::new();
     std::io::stdin()
         .take(MAX_START)
@@ -52,7 +53,11 @@ pub(crate) fn run(socket: &Path, worker: WorkerId) -> Result<ExitCode> {
         // Nothing may be computed for nobody: not even the step under way.
         std::process::exit(i32::from(EXIT_NO_AGENT));
     })?;
-    let mut session = Session::new(sender, start.limits, threads);
+    let stamps = stamps
+        .map(Stamps::open)
+        .transpose()
+        .context("opening the stamps")?;
+    let mut session = Session::new(sender, start.limits, threads, stamps);
     let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
         session.apply_limits()?;
         session.run(&inbox)

@@ -1,0 +1,177 @@
+//! The tower layer that strikes.
+//!
+//! Owns: the counters and each fault's effect on one request.
+
+use crate::{Act, Calls, Fault};
+use futures::future::BoxFuture;
+use http::{Method, Request, Response, StatusCode};
+use http_body_util::{BodyExt as _, Full};
+use kube::client::{Body, DynBody};
+use rustix::process::{Signal, getpid, kill_process};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll};
+use tower::{BoxError, Layer, Service};
+
+/// What all layers of one process share.
+#[derive(Debug, Default)]
+struct Shared {
+    faults: Vec<Fault>,
+    writes: AtomicU64,
+    leases: AtomicU64,
+}
+
+/// Makes the service; clones count together.
+#[derive(Clone, Debug, Default)]
+pub struct FaultLayer(Arc<Shared>);
+
+impl FaultLayer {
+    /// Strikes these faults.
+    pub fn new(faults: Vec<Fault>) -> Self {
+        Self(Arc::new(Shared {
+            faults,
+            ..Shared::default()
+        }))
+    }
+
+    /// Counts a request; what is to happen to it.
+    fn count(&self, method: &Method, path: &str, query: &str) -> Option<Act> {
+        let calls = kind(method, path, query)?;
+        let counter = match calls {
+            Calls::Writes => &self.0.writes,
+            Calls::Leases => &self.0.leases,
+        };
+        let number = counter.fetch_add(1, Ordering::SeqCst) + 1;
+        let fault = self.0.faults.iter().find(|f| f.strikes(calls, number))?;
+        tracing::warn!(%fault, number, %method, path, "fault");
+        Some(fault.act)
+    }
+}
+
+fn kind(method: &Method, path: &str, query: &str) -> Option<Calls> {
+    if path.starts_with("/apis/coordination.k8s.io/") && !query.contains("watch=") {
+        return Some(Calls::Leases);
+    }
+    let reads = matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS);
+    let changes_nothing = reads || path.contains("/selfsubject") || query.contains("dryRun=All");
+    (!changes_nothing).then_some(Calls::Writes)
+}
+
+impl<S> Layer<S> for FaultLayer {
+    type Service = Faulty<S>;
+
+    fn layer(&self, inner: S) -> Faulty<S> {
+        Faulty {
+            inner,
+            layer: self.clone(),
+        }
+    }
+}
+
+/// The service that strikes.
+#[derive(Clone, Debug)]
+pub struct Faulty<S> {
+    inner: S,
+    layer: FaultLayer,
+}
+
+/// A request or its answer was lost on purpose.
+#[derive(Debug, thiserror::Error)]
+#[error("fault: {0} was lost")]
+struct Lost(&'static str);
+
+impl<S> Service<Request<Body>> for Faulty<S>
+where
+    S: Service<Request<Body>, Response = Response<Box<DynBody>>, Error = BoxError>,
+    S::Future: Send + 'static,
+{
+    type Response = S::Response;
+    type Error = BoxError;
+    type Future = BoxFuture<'static, Result<S::Response, BoxError>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
+        let query = request.uri().query().unwrap_or("");
+        let act = self.layer.count(request.method(), request.uri().path(), query);
+        match act {
+            None => Box::pin(self.inner.call(request)),
+            Some(Act::KillBefore) => {
+                signal(Signal::KILL);
+                Box::pin(std::future::pending())
+            }
+            Some(Act::PauseBefore) => {
+                signal(Signal::STOP);
+                Box::pin(self.inner.call(request))
+            }
+            Some(Act::Drop) => Box::pin(async { Err(BoxError::from(Lost("the request"))) }),
+            Some(Act::Answer(status)) => Box::pin(async move { refusal(status) }),
+            Some(Act::Hang) => Box::pin(std::future::pending()),
+            Some(Act::Delay(time)) => {
+                // The connection does nothing before it is polled.
+                let answer = self.inner.call(request);
+                Box::pin(async move {
+                    tokio::time::sleep(time).await;
+                    answer.await
+                })
+            }
+            Some(Act::Duplicate) => {
+                let (parts, body) = request.into_parts();
+                let copy = body.try_clone();
+                let again = copy.map(|copy| self.inner.call(Request::from_parts(parts.clone(), copy)));
+                let first = self.inner.call(Request::from_parts(parts, body));
+                Box::pin(async move {
+                    let answer = first.await;
+                    match again {
+                        Some(again) => again.await,
+                        None => answer,
+                    }
+                })
+            }
+            Some(act @ (Act::KillAfter | Act::LoseAnswer | Act::Swallow)) => {
+                let answer = self.inner.call(request);
+                Box::pin(async move {
+                    answer.await?;
+                    match act {
+                        Act::KillAfter => signal(Signal::KILL),
+                        Act::Swallow => std::future::pending().await,
+                        _ => {}
+                    }
+                    Err(BoxError::from(Lost("the answer")))
+                })
+            }
+        }
+    }
+}
+
+fn signal(signal: Signal) {
+    if let Err(error) = kill_process(getpid(), signal) {
+        tracing::error!(%error, "fault: the process could not signal itself");
+    }
+}
+
+/// What an API server under stress says.
+fn refusal(code: u16) -> Result<Response<Box<DynBody>>, BoxError> {
+    let status = StatusCode::from_u16(code)?;
+    let reason = match code {
+        409 => "Conflict",
+        429 => "TooManyRequests",
+        503 => "ServiceUnavailable",
+        _ => "InternalError",
+    };
+    let body = serde_json::json!({
+        "kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code, "reason": reason,
+        "message": format!("fault: {status}"),
+    });
+    let mut answer = Response::builder()
+        .status(status)
+        .header("content-type", "application/json");
+    if matches!(code, 429 | 503) {
+        answer = answer.header("retry-after", "3600");
+    }
+    let body = Full::from(serde_json::to_vec(&body)?).map_err(|never| match never {});
+    let body: Box<DynBody> = Box::new(body);
+    Ok(answer.body(body)?)
+}
