@@ -2,13 +2,17 @@
 //!
 //! Owns: every metric, and the HTTP server for them and for probes.
 
+use crate::store::Store;
 use axum::Router;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::routing::get;
+use gogrid_api::condition;
+use gogrid_api::job::conditions;
 use prometheus::{
     Encoder as _, Histogram, HistogramOpts, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
 };
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -179,4 +183,19 @@ async fn readiness(State(metrics): State<Arc<Metrics>>) -> (StatusCode, &'static
             "the first lists have not arrived",
         )
     }
+}
+
+/// Jobs by the reason of their summary condition.
+pub(crate) fn count_states(store: &Store) -> BTreeMap<String, i64> {
+    let mut counts = BTreeMap::new();
+    for job in store.jobs.values() {
+        let summary = job
+            .status
+            .as_ref()
+            .and_then(|s| condition::find(&s.conditions, conditions::SUCCEEDED));
+        *counts
+            .entry(summary.map_or_else(|| "New".into(), |c| c.reason.clone()))
+            .or_insert(0) += 1;
+    }
+    counts
 }

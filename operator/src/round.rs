@@ -12,10 +12,7 @@ use crate::status::{Draft, urgent};
 use crate::store::{Claim, Store};
 use crate::validate;
 use gogrid_api::assignment::{JobReference, Kind, ModelFacts, StagedInput, State, Stop, StopReason};
-use gogrid_api::job::conditions;
-use gogrid_api::{
-    Assignment, Bytes, InferenceJob, InferenceJobStatus, Millis, condition, effective_profile, names,
-};
+use gogrid_api::{Assignment, Bytes, InferenceJob, InferenceJobStatus, Millis, effective_profile, names};
 use gogrid_planner::lifecycle::{
     self, AGENT_RESTARTED, InputState, Publication, Refusal, RunsOn, Step, View,
 };
@@ -485,19 +482,4 @@ impl<'a> Round<'a> {
             }
         }
     }
-}
-
-/// Jobs by the reason of their summary condition.
-pub(crate) fn count_states(store: &Store) -> BTreeMap<String, i64> {
-    let mut counts = BTreeMap::new();
-    for job in store.jobs.values() {
-        let summary = job
-            .status
-            .as_ref()
-            .and_then(|s| condition::find(&s.conditions, conditions::SUCCEEDED));
-        *counts
-            .entry(summary.map_or_else(|| "New".into(), |c| c.reason.clone()))
-            .or_insert(0) += 1;
-    }
-    counts
 }

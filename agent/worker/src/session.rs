@@ -12,7 +12,7 @@ use crate::records::{self, Input, Record};
 use crate::resident::{Pace, PromptError, Resident, Source};
 use crate::stamps::Stamps;
 use crate::wire::{Receiver, Sender, WireError};
-use crate::{clock, limits, num};
+use crate::{clock, limits};
 use gogrid_agent_core::protocol::{
     FromWorker, MAX_ANSWER_BYTES, Outcome, RecordResult, Sampling, ToWorker, Usage, WorkerLimits,
 };
@@ -494,10 +494,4 @@ impl Session {
         self.sender.send(&FromWorker::Usage(self.usage))?;
         Ok(())
     }
-}
-
-/// Threads that compute: never more than cores.
-pub(crate) fn threads(asked: u16) -> usize {
-    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    num::index(u32::from(asked.max(1))).min(cores)
 }

@@ -6,7 +6,7 @@ use crate::pool::Start;
 use crate::session::{self, Session};
 use crate::stamps::Stamps;
 use crate::wire;
-use crate::{compute_environment, limits, sys};
+use crate::{compute_environment, limits, num, sys};
 use anyhow::{Context, Result};
 use gogrid_agent_core::protocol::{Role, WorkerId};
 use std::io::Read;
@@ -33,7 +33,7 @@ pub(crate) fn run(socket: &Path, worker: WorkerId, stamps: Option<&Path>) -> Res
     drop(text);
     let fence = sys::Fence::arm(start.fence_at).context("arming the fence")?;
     limits::settle(&start.limits, start.memory_limit).context("setting the first limits")?;
-    let threads = session::threads(start.limits.threads);
+    let threads = threads(start.limits.threads);
     sys::set_environment_before_threads(&compute_environment(threads))
         .context("setting the number of threads")?;
     rayon::ThreadPoolBuilder::new()
@@ -76,4 +76,10 @@ pub(crate) fn run(socket: &Path, worker: WorkerId, stamps: Option<&Path>) -> Res
             Ok(ExitCode::from(EXIT_PANIC))
         }
     }
+}
+
+/// Threads that compute: never more than cores.
+fn threads(asked: u16) -> usize {
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    num::index(u32::from(asked.max(1))).min(cores)
 }
