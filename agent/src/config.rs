@@ -60,15 +60,15 @@ pub(crate) struct Flags {
     log_format: LogFormat,
     /// A fault at chosen requests, such as kill-before=3; may be repeated.
     #[cfg(feature = "faults")]
-    #[arg(long = "fault")]
+    #[arg(long = "fault", hide = true)]
     faults: Vec<gogrid_faults::Fault>,
     /// What the wall clock of this agent is wrong by.
     #[cfg(feature = "faults")]
-    #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
+    #[arg(long, default_value_t = 0, allow_negative_numbers = true, hide = true)]
     wall_offset_seconds: i64,
     /// Directory into which workers stamp each of their steps.
     #[cfg(feature = "faults")]
-    #[arg(long)]
+    #[arg(long, hide = true)]
     stamps: Option<PathBuf>,
 }
 
@@ -194,5 +194,17 @@ impl TryFrom<Flags> for Config {
             #[cfg(feature = "faults")]
             stamps,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_page_of_flags_is_what_this_program_takes() {
+        let command = Flags::augment_args(clap::Command::new("gogrid-agent"));
+        let page = gogrid_reference::flags_page(&command, "agent/src/config.rs");
+        gogrid_reference::compare("docs/reference/flags-agent.md", &page);
     }
 }

@@ -127,7 +127,7 @@ async fn run(config: Config, heavy: tokio::runtime::Handle) -> anyhow::Result<(E
     tokio::spawn(metrics::serve(server, Arc::clone(&metrics)));
 
     let (clients, api_servers) = kube_client::connect(&config).await?;
-    let models = models::Models::open(&config, api_servers, heavy)?;
+    let models = models::Models::open(&config, api_servers, heavy, Arc::clone(&metrics))?;
     let calls = api::Calls::new(&clients.api, &config);
     let (hub, events) = Hub::new();
 

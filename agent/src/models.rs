@@ -6,6 +6,7 @@
 use crate::config::Config;
 use crate::event::{Event, Hub};
 use crate::header::{self, Answer};
+use crate::metrics::Metrics;
 use gogrid_agent_core::results::clip;
 use gogrid_api::assignment::{ModelFacts, ModelOrder};
 use gogrid_api::job::Failure;
@@ -22,6 +23,7 @@ use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::sync::Semaphore;
@@ -77,6 +79,33 @@ pub(crate) struct Models {
     heavy: tokio::runtime::Handle,
     children: Arc<Semaphore>,
     downloads: Arc<Semaphore>,
+    metrics: Arc<Metrics>,
+}
+
+/// A model is being obtained for as long as this lives.
+struct Obtaining(Arc<Metrics>);
+
+impl Obtaining {
+    fn begin(metrics: &Arc<Metrics>) -> Self {
+        metrics.obtaining.inc();
+        Self(Arc::clone(metrics))
+    }
+}
+
+impl Drop for Obtaining {
+    fn drop(&mut self) {
+        self.0.obtaining.dec();
+    }
+}
+
+/// Counts bytes of one model that is reported as the bytes done so far; a fall is a fresh start.
+fn count_bytes(metrics: Arc<Metrics>) -> impl Fn(u64, Option<u64>) + Send + Sync + 'static {
+    let before = AtomicU64::new(0);
+    move |done, _| {
+        let before = before.swap(done, Ordering::Relaxed);
+        let more = if done < before { done } else { done - before };
+        metrics.model_bytes.inc_by(more);
+    }
 }
 
 fn failure(error: &StoreError) -> Failure {
@@ -101,6 +130,7 @@ impl Models {
         config: &Config,
         api_servers: Vec<IpAddr>,
         heavy: tokio::runtime::Handle,
+        metrics: Arc<Metrics>,
     ) -> Result<Self, StoreError> {
         let store = Store::open(StoreConfig {
             dir: config.state_dir.join("models"),
@@ -114,19 +144,30 @@ impl Models {
             heavy,
             children: Arc::new(Semaphore::new(2)),
             downloads: Arc::new(Semaphore::new(2)),
+            metrics,
         })
     }
 
     /// Fetches a model, verifies it and reads its facts.
     pub(crate) async fn obtain(&self, order: &ModelOrder) -> Result<Obtained, Failure> {
+        let obtained = self.try_obtain(order).await;
+        if let Err(Failure { reason, .. }) = &obtained {
+            self.metrics.model_failures.with_label_values(&[reason]).inc();
+        }
+        obtained
+    }
+
+    async fn try_obtain(&self, order: &ModelOrder) -> Result<Obtained, Failure> {
         let uri = ModelUri::parse(&order.uri).map_err(|e| failure(&e))?;
         let digest = Sha256::parse(&order.sha256).map_err(|e| failure(&e))?;
         let _turn = self.downloads.acquire().await;
+        let _obtaining = Obtaining::begin(&self.metrics);
         // Fetching and hashing run on threads that give way to everything else on the node.
         let store = self.store.clone();
+        let count = count_bytes(Arc::clone(&self.metrics));
         let work = self
             .heavy
-            .spawn(async move { store.obtain(&uri, digest, |_, _| {}).await });
+            .spawn(async move { store.obtain(&uri, digest, count).await });
         let model = AbortOnDrop(work)
             .await
             .map_err(|e| io_failure("fetching the model", &std::io::Error::other(e)))?

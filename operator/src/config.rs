@@ -43,7 +43,7 @@ pub(crate) struct Flags {
     concurrency: u16,
     /// A fault at chosen requests, such as kill-before=3; may be repeated.
     #[cfg(feature = "faults")]
-    #[arg(long = "fault")]
+    #[arg(long = "fault", hide = true)]
     faults: Vec<gogrid_faults::Fault>,
 }
 
@@ -103,5 +103,17 @@ impl Flags {
             #[cfg(feature = "faults")]
             faults: self.faults,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_page_of_flags_is_what_this_program_takes() {
+        let page = gogrid_reference::flags_page(&Flags::command(), "operator/src/config.rs");
+        gogrid_reference::compare("docs/reference/flags-operator.md", &page);
     }
 }

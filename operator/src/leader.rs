@@ -166,7 +166,7 @@ impl Election {
     async fn probe(&self, probed: &mut bool) -> Result<(), LeaderError> {
         if !*probed {
             let outcome = probe::fence_rules(&self.client).await;
-            self.metrics.fence_rules.set(i64::from(outcome.is_ok()));
+            self.metrics.refused.set(i64::from(outcome.is_err()));
             outcome?;
             *probed = true;
         }

@@ -26,6 +26,7 @@ mod round;
 mod simulation;
 mod status;
 mod store;
+mod telemetry;
 mod validate;
 
 use crate::config::{Config, Flags, LogFormat};

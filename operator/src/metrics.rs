@@ -2,32 +2,48 @@
 //!
 //! Owns: every metric, and the HTTP server for them and for probes.
 
-use crate::store::Store;
 use axum::Router;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::routing::get;
-use gogrid_api::condition;
-use gogrid_api::job::conditions;
+use prometheus::core::Collector;
 use prometheus::{
-    Encoder as _, Histogram, HistogramOpts, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+    Encoder as _, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    TextEncoder,
 };
-use std::collections::BTreeMap;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+/// Buckets of API work and planning, in seconds.
+const BUCKETS: [f64; 8] = [0.0005, 0.002, 0.01, 0.05, 0.2, 1.0, 5.0, 30.0];
+
 /// All metrics.
 #[derive(Debug)]
 pub(crate) struct Metrics {
     registry: Registry,
+    build: IntGaugeVec,
     /// Time of one turn of the owner.
     pub(crate) round_seconds: Histogram,
     /// Time of one job's calls.
     pub(crate) work_seconds: Histogram,
-    /// Jobs by the reason of their summary condition.
+    /// Jobs by how they stand.
     pub(crate) jobs: IntGaugeVec,
+    /// Longest wait for a place, in seconds.
+    pub(crate) oldest_pending: IntGauge,
+    /// Jobs that ended, by result.
+    pub(crate) finished: IntCounterVec,
+    /// Jobs turned away by placement, by reason.
+    pub(crate) rejections: IntCounterVec,
+    /// Nodes by the state of their heartbeat.
+    pub(crate) nodes: IntGaugeVec,
+    /// Leases that were seen alive and then given up.
+    pub(crate) lease_expirations: IntCounter,
+    /// Nodes that a profile governs.
+    pub(crate) profile_matched: IntGaugeVec,
+    /// Nodes that have it in force.
+    pub(crate) profile_applied: IntGaugeVec,
     /// Failed steps by step and cause.
     pub(crate) errors: IntCounterVec,
     /// Calls by method.
@@ -42,84 +58,170 @@ pub(crate) struct Metrics {
     pub(crate) leader: IntGauge,
     /// Term of leadership.
     pub(crate) term: IntGauge,
-    /// Whether the CRDs carry the fence rules.
-    pub(crate) fence_rules: IntGauge,
+    /// Whether leading is refused because of the CRDs.
+    pub(crate) refused: IntGauge,
     ready: AtomicBool,
+}
+
+fn counters(name: &str, help: &str, labels: &[&str]) -> Result<IntCounterVec, prometheus::Error> {
+    IntCounterVec::new(Opts::new(name, help), labels)
+}
+
+fn gauges(name: &str, help: &str, label: &str) -> Result<IntGaugeVec, prometheus::Error> {
+    IntGaugeVec::new(Opts::new(name, help), &[label])
+}
+
+fn seconds(name: &str, help: &str) -> Result<Histogram, prometheus::Error> {
+    Histogram::with_opts(HistogramOpts::new(name, help).buckets(BUCKETS.to_vec()))
 }
 
 impl Metrics {
     /// Registers everything.
     pub(crate) fn new() -> Result<Self, prometheus::Error> {
-        let registry = Registry::new();
-        let buckets = vec![0.0005, 0.002, 0.01, 0.05, 0.2, 1.0, 5.0, 30.0];
-        let histogram = |name: &str, help: &str| {
-            Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets.clone()))
-        };
-        let counters =
-            |name: &str, help: &str, labels: &[&str]| IntCounterVec::new(Opts::new(name, help), labels);
         let new = Self {
-            round_seconds: histogram("gogrid_operator_round_seconds", "Time of one turn over all jobs.")?,
-            work_seconds: histogram(
-                "gogrid_operator_reconcile_seconds",
+            registry: Registry::new(),
+            build: gauges(
+                "gogrid_build_info",
+                "1, with the version of this process.",
+                "version",
+            )?,
+            round_seconds: seconds(
+                "gogrid_planning_duration_seconds",
+                "Time of one turn over all jobs, placement included.",
+            )?,
+            work_seconds: seconds(
+                "gogrid_reconcile_duration_seconds",
                 "Time of the API calls of one step of a job.",
             )?,
-            jobs: IntGaugeVec::new(
-                Opts::new(
-                    "gogrid_jobs",
-                    "InferenceJobs by the reason of their summary condition.",
-                ),
-                &["state"],
+            jobs: gauges(
+                "gogrid_jobs",
+                "InferenceJobs: New, Succeeded, Failed, or why one has no place or what it waits for.",
+                "state",
+            )?,
+            oldest_pending: IntGauge::new(
+                "gogrid_jobs_oldest_pending_seconds",
+                "How long the job that has waited longest for a place has waited; 0 when none waits.",
+            )?,
+            finished: counters(
+                "gogrid_jobs_finished_total",
+                "Jobs that ended while this process led: Succeeded, Failed.",
+                &["result"],
+            )?,
+            rejections: counters(
+                "gogrid_placement_rejections_total",
+                "Times that a job was left without a place for a new reason.",
+                &["reason"],
+            )?,
+            nodes: gauges(
+                "gogrid_nodes",
+                "GpuNodes by their heartbeat: Fresh, Waiting (late or not seen yet), Lost.",
+                "state",
+            )?,
+            lease_expirations: IntCounter::new(
+                "gogrid_lease_expirations_total",
+                "Nodes that this process saw alive and then gave up.",
+            )?,
+            profile_matched: gauges(
+                "gogrid_profile_nodes_matched",
+                "Nodes that a ResourceProfile governs.",
+                "profile",
+            )?,
+            profile_applied: gauges(
+                "gogrid_profile_nodes_applied",
+                "Nodes that report the profile's newest generation in force.",
+                "profile",
             )?,
             errors: counters(
-                "gogrid_operator_errors_total",
-                "Failed steps by step and cause.",
+                "gogrid_reconcile_errors_total",
+                "Failed steps by step and cause; each is tried again.",
                 &["step", "cause"],
             )?,
             api_calls: counters(
-                "gogrid_operator_api_calls_total",
+                "gogrid_api_requests_total",
                 "Calls to the API server by method.",
                 &["verb"],
             )?,
             malformed: counters(
-                "gogrid_operator_malformed_objects_total",
-                "Stored objects that can't be read.",
+                "gogrid_malformed_objects_total",
+                "Stored objects that could not be read.",
                 &["kind"],
             )?,
             watch_errors: counters(
-                "gogrid_operator_watch_errors_total",
+                "gogrid_watch_errors_total",
                 "Interruptions of watches.",
                 &["kind"],
             )?,
-            steps: counters("gogrid_operator_steps_total", "Steps taken.", &["step"])?,
-            leader: IntGauge::new("gogrid_operator_leader", "1 while this process leads.")?,
+            steps: counters("gogrid_reconcile_steps_total", "Steps begun, by step.", &["step"])?,
+            leader: IntGauge::new("gogrid_leader", "1 while this process leads.")?,
             term: IntGauge::new(
-                "gogrid_operator_term",
-                "Term of the last leadership of this process.",
+                "gogrid_leader_term",
+                "Term of the last leadership of this process; 0 before the first.",
             )?,
-            fence_rules: IntGauge::new(
-                "gogrid_operator_fence_rules",
-                "1 when the CRDs carry the fence rules, 0 when leading is refused.",
+            refused: IntGauge::new(
+                "gogrid_leadership_refused",
+                "1 while this process refuses to lead because the CRDs are absent, older than it or can't be checked.",
             )?,
-            registry,
             ready: AtomicBool::new(false),
         };
-        let r = &new.registry;
-        r.register(Box::new(new.round_seconds.clone()))?;
-        r.register(Box::new(new.work_seconds.clone()))?;
-        r.register(Box::new(new.jobs.clone()))?;
-        for counter in [
-            &new.errors,
-            &new.api_calls,
-            &new.malformed,
-            &new.watch_errors,
-            &new.steps,
-        ] {
-            r.register(Box::new(counter.clone()))?;
+        new.build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+        // There from the start, so that the first of a kind is seen as an increase.
+        for result in ["Succeeded", "Failed"] {
+            new.finished.with_label_values(&[result]);
         }
-        for gauge in [&new.leader, &new.term, &new.fence_rules] {
-            r.register(Box::new(gauge.clone()))?;
+        for collector in new.collectors() {
+            new.registry.register(collector)?;
         }
         Ok(new)
+    }
+
+    /// Every metric there is.
+    fn collectors(&self) -> Vec<Box<dyn Collector>> {
+        // Field by field, so that none can be made and never be shown.
+        let Self {
+            registry: _,
+            ready: _,
+            build,
+            round_seconds,
+            work_seconds,
+            jobs,
+            oldest_pending,
+            finished,
+            rejections,
+            nodes,
+            lease_expirations,
+            profile_matched,
+            profile_applied,
+            errors,
+            api_calls,
+            malformed,
+            watch_errors,
+            steps,
+            leader,
+            term,
+            refused,
+        } = self;
+        let mut all: Vec<Box<dyn Collector>> = vec![Box::new(lease_expirations.clone())];
+        for histogram in [round_seconds, work_seconds] {
+            all.push(Box::new(histogram.clone()));
+        }
+        for gauge in [oldest_pending, leader, term, refused] {
+            all.push(Box::new(gauge.clone()));
+        }
+        for gauges in [build, jobs, nodes, profile_matched, profile_applied] {
+            all.push(Box::new(gauges.clone()));
+        }
+        for counters in [
+            finished,
+            rejections,
+            errors,
+            api_calls,
+            malformed,
+            watch_errors,
+            steps,
+        ] {
+            all.push(Box::new(counters.clone()));
+        }
+        all
     }
 
     /// Every watch has brought its first list.
@@ -185,17 +287,14 @@ async fn readiness(State(metrics): State<Arc<Metrics>>) -> (StatusCode, &'static
     }
 }
 
-/// Jobs by the reason of their summary condition.
-pub(crate) fn count_states(store: &Store) -> BTreeMap<String, i64> {
-    let mut counts = BTreeMap::new();
-    for job in store.jobs.values() {
-        let summary = job
-            .status
-            .as_ref()
-            .and_then(|s| condition::find(&s.conditions, conditions::SUCCEEDED));
-        *counts
-            .entry(summary.map_or_else(|| "New".into(), |c| c.reason.clone()))
-            .or_insert(0) += 1;
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_page_of_metrics_is_what_this_program_exports() {
+        let collectors = Metrics::new().unwrap().collectors();
+        let page = gogrid_reference::metrics_page("gogrid-operator", "operator/src/metrics.rs", &collectors);
+        gogrid_reference::compare("docs/reference/metrics-operator.md", &page);
     }
-    counts
 }

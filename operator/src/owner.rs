@@ -7,12 +7,13 @@ use crate::apply::{Executor, Fact, StepError};
 use crate::clock;
 use crate::config::Config;
 use crate::gate::Leadership;
-use crate::metrics::{Metrics, count_states};
+use crate::metrics::Metrics;
 use crate::observe::{Change, Observation};
 use crate::presets;
 use crate::profiles;
 use crate::round::{Memory, Round, Work};
 use crate::store::{Claim, Store};
+use crate::telemetry::{self, Telemetry};
 use gogrid_api::{Millis, ResourceProfile, names};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -48,6 +49,7 @@ pub(crate) struct Owner {
     executor: Executor,
     leadership: Arc<Leadership>,
     metrics: Arc<Metrics>,
+    telemetry: Telemetry,
     store: Store,
     memory: BTreeMap<String, Memory>,
     busy: BTreeMap<String, Option<Claim>>,
@@ -75,6 +77,7 @@ impl Owner {
             executor,
             leadership,
             metrics,
+            telemetry: Telemetry::default(),
             memory: BTreeMap::new(),
             busy: BTreeMap::new(),
             profiles_busy: BTreeSet::new(),
@@ -152,10 +155,8 @@ impl Owner {
         let now = clock::mono();
         self.store.liveness.tick(now);
         self.metrics.set_ready(self.store.synced());
-        self.metrics.jobs.reset();
-        for (state, count) in count_states(&self.store) {
-            self.metrics.jobs.with_label_values(&[&state]).set(count);
-        }
+        self.telemetry
+            .tick(&self.store, &self.metrics, now, clock::wall());
     }
 
     /// What a new leader looks for: presets that are absent, and inputs staged under an earlier one.
@@ -314,6 +315,7 @@ impl Owner {
                     epoch = job.status.as_ref().map_or(0, |s| s.epoch),
                     "status written"
                 );
+                telemetry::written(&self.metrics, self.store.jobs.get(uid), &job);
                 self.store.put_job(*job);
             }
             Fact::Assignment(assignment) => self.store.put_assignment(*assignment),

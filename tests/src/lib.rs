@@ -9,5 +9,7 @@ pub mod controlplane;
 pub mod jobs;
 pub mod process;
 pub mod procfs;
+pub mod prometheus;
 mod sys;
+pub mod values;
 pub mod wait;

@@ -15,7 +15,7 @@ use std::process::Command;
 use serde_json::Value;
 
 /// Every crate and the crates of ours it may depend on. A new crate finds its floor here first.
-const ARROWS: [(&str, &[&str]); 12] = [
+const ARROWS: [(&str, &[&str]); 13] = [
     ("gogrid-api", &[]),
     ("gogrid-gguf", &[]),
     ("gogrid-store", &[]),
@@ -39,6 +39,7 @@ const ARROWS: [(&str, &[&str]); 12] = [
     (FAULTS, &[]),
     ("kubectl-gogrid", &["gogrid-api", "gogrid-planner"]),
     ("gogrid-testmodels", &[]),
+    ("gogrid-reference", &[]),
     (
         SCENARIOS,
         &[
@@ -46,6 +47,7 @@ const ARROWS: [(&str, &[&str]); 12] = [
             "gogrid-agent-core",
             "gogrid-gguf",
             "gogrid-planner",
+            "gogrid-reference",
             "gogrid-testmodels",
         ],
     ),
@@ -55,7 +57,7 @@ const FAULTS: &str = "gogrid-faults";
 /// The crate of scenarios: it may see every library, and no crate may see it.
 const SCENARIOS: &str = "gogrid-tests";
 /// What any crate's own tests may use besides.
-const FOR_TESTS: [&str; 1] = ["gogrid-testmodels"];
+const FOR_TESTS: [&str; 2] = ["gogrid-testmodels", "gogrid-reference"];
 /// Crates that decide and never act, with what would let them act.
 const PURE: [&str; 4] = ["gogrid-api", "gogrid-gguf", "gogrid-planner", "gogrid-agent-core"];
 const EFFECTS: [&str; 11] = [

@@ -7,7 +7,7 @@ use crate::event::{Event, Greeting};
 use crate::lease::LeaseEvent;
 use crate::link::Link;
 use gogrid_agent_core::plan::{Order, Phase};
-use gogrid_agent_core::protocol::{FromPool, FromWorker, Outcome, ToPool, WorkerId};
+use gogrid_agent_core::protocol::{FromPool, FromWorker, ToPool, WorkerId};
 use gogrid_agent_core::results::{clip, reason_word};
 use gogrid_agent_core::session::{Nanos, nanos};
 use gogrid_api::assignment::State;
@@ -428,22 +428,14 @@ impl Owner {
                 }
                 Err(error) => self.breach(&name, &error.to_string()),
             },
-            FromWorker::Result(result) => {
-                let (outcome, tokens) = match &result.outcome {
-                    Outcome::Text {
-                        completion_tokens, ..
-                    } => ("ok", u64::from(*completion_tokens)),
-                    Outcome::Error { .. } => ("failed", 0),
-                };
-                match work.feed.answer(&result, now) {
-                    Ok(()) => {
-                        self.tools.metrics.records.with_label_values(&[outcome]).inc();
-                        self.tools.metrics.tokens.inc_by(tokens);
-                    }
-                    Err(error) => self.breach(&name, &error.to_string()),
-                }
+            FromWorker::Result(result) => match work.feed.answer(&result, now) {
+                Ok(()) => self.tools.metrics.answered(&result),
+                Err(error) => self.breach(&name, &error.to_string()),
+            },
+            FromWorker::Usage(usage) => {
+                self.tools.metrics.used(&work.device, &work.usage, &usage);
+                work.usage = usage;
             }
-            FromWorker::Usage(usage) => work.usage = usage,
             FromWorker::Drained => {
                 if job.phase == Phase::Draining {
                     self.enter(&name, Phase::Drained, now);

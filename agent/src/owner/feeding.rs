@@ -37,11 +37,6 @@ impl Owner {
                 false,
             );
         }
-        let live = self.jobs.values().filter(|j| j.phase != Phase::Over).count();
-        self.tools
-            .metrics
-            .jobs
-            .set(i64::try_from(live).unwrap_or(i64::MAX));
     }
 
     pub(super) fn obtained(&mut self, name: &str, result: Result<Obtained, Failure>, now: Nanos) {

@@ -104,17 +104,6 @@ impl Owner {
             let reserved = device.memory_reserved.bytes().unwrap_or_default();
             self.ledger
                 .set_cap(&device.uuid, effective.ceiling.vram_cap(total, reserved));
-            let gauge = |kind: &str, Bytes(bytes): Bytes| {
-                let gauge = self
-                    .tools
-                    .metrics
-                    .memory
-                    .with_label_values(&[device.uuid.as_str(), kind]);
-                gauge.set(i64::try_from(bytes).unwrap_or(i64::MAX));
-            };
-            gauge("cap", self.ledger.cap(&device.uuid));
-            gauge("reserved", self.ledger.held(&device.uuid));
-            gauge("free", self.ledger.free(&device.uuid));
         }
     }
 
@@ -288,7 +277,6 @@ impl Owner {
         else {
             return;
         };
-        let mut total: BTreeMap<String, i64> = self.ledger.devices().map(|d| (d.to_owned(), 0)).collect();
         for (name, share) in self.shares() {
             let stopped = self.jobs.get(&name).is_some_and(|j| j.fenced && !j.confirmed);
             let Some(work) = self.work.get_mut(&name).filter(|_| !stopped) else {
@@ -304,14 +292,6 @@ impl Owner {
                 });
             }
             work.share = share;
-            *total.entry(work.device.clone()).or_default() += i64::from(share);
-        }
-        for (device, share) in total {
-            self.tools
-                .metrics
-                .share
-                .with_label_values(&[device.as_str()])
-                .set(share);
         }
     }
 }

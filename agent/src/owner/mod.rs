@@ -8,6 +8,7 @@ mod feeding;
 mod limits;
 mod node;
 mod steps;
+mod telemetry;
 mod work;
 mod workers;
 
@@ -114,6 +115,7 @@ pub(crate) struct Owner {
     wake: Option<Nanos>,
     granted_at: Nanos,
     watched_at: Nanos,
+    told_at: Nanos,
     pace: Pace,
     status: GpuNodeStatus,
     node_writing: bool,
@@ -153,6 +155,7 @@ impl Owner {
             wake: None,
             granted_at: 0,
             watched_at: 0,
+            told_at: 0,
             pace: Pace::default(),
             status: GpuNodeStatus::default(),
             node_writing: false,
@@ -190,6 +193,7 @@ impl Owner {
             self.settle();
             self.flush(now);
             self.flush_node(now);
+            self.tell(now);
             if let Some(end) = self.ended(now) {
                 return end;
             }

@@ -325,7 +325,12 @@ impl Owner {
             Ending::Failed(failure) => failure.reason.as_str(),
         };
         tracing::info!(assignment = name, reason, "over");
-        self.tools.metrics.ends.with_label_values(&[reason]).inc();
+        let result = match &ending {
+            Ending::Succeeded => "Succeeded",
+            Ending::Stopped => "Stopped",
+            Ending::Failed(_) => "Failed",
+        };
+        self.tools.metrics.ends.with_label_values(&[result]).inc();
         workers::fill_status(work, now);
         if let Ending::Failed(failure) = ending {
             work.status.failure = Some(failure);
