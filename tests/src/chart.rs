@@ -3,9 +3,11 @@
 //! Owns: rendering, installing, and knowing when the chart's admission policies are in force. Must not: repeat what
 //! the templates say; tests read that out of the rendered objects.
 
+use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, ensure};
@@ -43,8 +45,38 @@ pub async fn render(values: &Value) -> Result<String> {
     render_as(RELEASE, "gogrid-system", values).await
 }
 
+/// The objects of [`render`], rendered once per process however often they are asked for.
+pub async fn rendered(values: &Value) -> Result<Arc<Vec<Value>>> {
+    static SEEN: Mutex<BTreeMap<String, Arc<Vec<Value>>>> = Mutex::new(BTreeMap::new());
+    let key = values.to_string();
+    let seen = |key: &str| {
+        SEEN.lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(key)
+            .cloned()
+    };
+    if let Some(documents) = seen(&key) {
+        return Ok(documents);
+    }
+    let fresh = Arc::new(documents(&render(values).await?)?);
+    SEEN.lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .insert(key, Arc::clone(&fresh));
+    Ok(fresh)
+}
+
 /// `helm template` of the chart as release `name` in `namespace`.
 pub async fn render_as(name: &str, namespace: &str, values: &Value) -> Result<String> {
+    template(name, namespace, values, KUBE_VERSION).await
+}
+
+/// `helm template` of the chart as it is, for a cluster of that Kubernetes version.
+pub async fn render_for(version: &str) -> Result<String> {
+    let version = format!("--kube-version={version}");
+    template(RELEASE, "gogrid-system", &json!({}), &version).await
+}
+
+async fn template(name: &str, namespace: &str, values: &Value, version: &str) -> Result<String> {
     let mut file = tempfile::NamedTempFile::new()?;
     file.write_all(values.to_string().as_bytes())?;
     let chart = dir();
@@ -52,7 +84,7 @@ pub async fn render_as(name: &str, namespace: &str, values: &Value) -> Result<St
         "template".as_ref(),
         name.as_ref(),
         chart.as_os_str(),
-        KUBE_VERSION.as_ref(),
+        version.as_ref(),
         "--namespace".as_ref(),
         namespace.as_ref(),
         "--values".as_ref(),

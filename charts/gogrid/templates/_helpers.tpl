@@ -60,3 +60,40 @@ imagePullSecrets:
 - --model-root={{ . }}
 {{- end }}
 {{- end -}}
+
+{{- /* Who may scrape; none named = every pod. */ -}}
+{{- define "gogrid.scrapers" -}}
+{{- with .Values.networkPolicy.metricsFrom -}}
+from:
+  {{- toYaml . | nindent 2 }}
+{{- end -}}
+{{- end -}}
+
+{{- /* The plain agent keeps off nodes that have a flavour. */ -}}
+{{- define "gogrid.agentAffinity" -}}
+{{- $values := .root.Values.agent -}}
+{{- $affinity := deepCopy $values.affinity -}}
+{{- if hasKey $values.flavours "default" -}}
+{{- fail "agent.flavours: no flavour may be called default: that is the plain agent" -}}
+{{- end -}}
+{{- if and $values.flavours $affinity.nodeAffinity -}}
+{{- fail "agent.affinity.nodeAffinity can't be used together with agent.flavours: choose nodes by agent.nodeSelector" -}}
+{{- end -}}
+{{- if and $values.flavours (eq .name "default") -}}
+{{- $other := dict "key" "gogrid.dev/flavour" "operator" "NotIn" "values" (keys $values.flavours | sortAlpha) -}}
+{{- $terms := dict "nodeSelectorTerms" (list (dict "matchExpressions" (list $other))) -}}
+{{- $_ := set $affinity "nodeAffinity" (dict "requiredDuringSchedulingIgnoredDuringExecution" $terms) -}}
+{{- end -}}
+{{- with $affinity }}{{ toYaml . }}{{ end -}}
+{{- end -}}
+
+{{- /* The workers' image of a flavour: another repository shares no digest with the plain one. */ -}}
+{{- define "gogrid.workersImage" -}}
+{{- $image := deepCopy .root.Values.workers.image -}}
+{{- with (.flavour.workers).image -}}
+{{- if .repository }}{{ $image = set (set $image "repository" .repository) "digest" "" }}{{ end -}}
+{{- if .tag }}{{ $image = set (set $image "tag" .tag) "digest" "" }}{{ end -}}
+{{- if .digest }}{{ $image = set $image "digest" .digest }}{{ end -}}
+{{- end -}}
+{{- include "gogrid.image" (dict "root" .root "image" $image) -}}
+{{- end -}}
