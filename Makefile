@@ -33,6 +33,7 @@ prepare:
 controlplane:
 	$(call say,control plane from pinned Go modules - first time about 15 minutes)
 	@tests/controlplane/build.sh >/dev/null
+	@tests/prometheus/build.sh >/dev/null
 
 # --all-targets: one set of features for programs and tests, so that nothing is built twice.
 build:
