@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 /// Form of log lines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum LogFormat {
+pub enum LogFormat {
     /// One JSON object a line.
     Json,
     /// For people.
@@ -18,7 +18,7 @@ pub(crate) enum LogFormat {
 
 /// The agent's flags as they are typed.
 #[derive(Clone, Debug, Args)]
-pub(crate) struct Flags {
+pub struct Flags {
     /// Node that this agent serves.
     #[arg(long, env = "NODE_NAME")]
     node_name: String,
@@ -74,47 +74,47 @@ pub(crate) struct Flags {
 
 /// The agent's settings, checked.
 #[derive(Clone, Debug)]
-pub(crate) struct Config {
+pub struct Config {
     /// Node that this agent serves.
-    pub(crate) node: String,
+    pub node: String,
     /// GoGrid's own namespace.
-    pub(crate) namespace: String,
+    pub namespace: String,
     /// Directories beneath which `file:` models may lie.
-    pub(crate) roots: Vec<PathBuf>,
+    pub roots: Vec<PathBuf>,
     /// Directory for what outlives the process.
-    pub(crate) state_dir: PathBuf,
+    pub state_dir: PathBuf,
     /// Where pool and workers connect.
-    pub(crate) socket: PathBuf,
+    pub socket: PathBuf,
     /// Program of the pool, if the agent starts it.
-    pub(crate) worker_binary: Option<PathBuf>,
+    pub worker_binary: Option<PathBuf>,
     /// User id of the pool.
-    pub(crate) pool_uid: u32,
+    pub pool_uid: u32,
     /// Exceptions from the ban on private addresses.
-    pub(crate) allow: Vec<String>,
+    pub allow: Vec<String>,
     /// Durations of leases and fences.
-    pub(crate) timing: LeaseTiming,
+    pub timing: LeaseTiming,
     /// Memory that models on the CPU leave alone, if said.
-    pub(crate) cpu_reserve: Option<Bytes>,
+    pub cpu_reserve: Option<Bytes>,
     /// NVML library, if not the driver's.
-    pub(crate) nvml: Option<PathBuf>,
+    pub nvml: Option<PathBuf>,
     /// Address of the metrics server.
-    pub(crate) metrics: SocketAddr,
+    pub metrics: SocketAddr,
     /// Form of log lines.
-    pub(crate) log: LogFormat,
+    pub log: LogFormat,
     /// Faults at chosen requests.
     #[cfg(feature = "faults")]
-    pub(crate) faults: Vec<gogrid_faults::Fault>,
+    pub faults: Vec<gogrid_faults::Fault>,
     /// What the wall clock is wrong by.
     #[cfg(feature = "faults")]
-    pub(crate) wall_offset_seconds: i64,
+    pub wall_offset_seconds: i64,
     /// Where workers stamp their steps.
     #[cfg(feature = "faults")]
-    pub(crate) stamps: Option<PathBuf>,
+    pub stamps: Option<PathBuf>,
 }
 
 /// A flag that can't be used.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum ConfigError {
+pub enum ConfigError {
     /// The lease.
     #[error("--lease-duration-seconds: {0}")]
     Lease(#[from] gogrid_api::timing::LeaseTimingError),

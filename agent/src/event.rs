@@ -16,29 +16,29 @@ use tokio::sync::{mpsc, oneshot};
 
 /// What a connecting worker says of itself.
 #[derive(Debug)]
-pub(crate) struct Greeting {
+pub struct Greeting {
     /// Which.
-    pub(crate) worker: WorkerId,
+    pub worker: WorkerId,
     /// Its proof.
-    pub(crate) nonce: String,
+    pub nonce: String,
     /// User it runs as, by the kernel's word.
-    pub(crate) user: u32,
+    pub user: u32,
 }
 
 /// A write's outcome: the new resourceVersion, or an error and whether the object is gone.
-pub(crate) type Written = Result<String, WriteFailure>;
+pub type Written = Result<String, WriteFailure>;
 
 /// Why a write failed.
 #[derive(Clone, Debug)]
-pub(crate) struct WriteFailure {
+pub struct WriteFailure {
     /// The object is gone.
-    pub(crate) gone: bool,
+    pub gone: bool,
     /// The text.
-    pub(crate) error: String,
+    pub error: String,
 }
 
 /// Something happened.
-pub(crate) enum Event {
+pub enum Event {
     /// About the node's Lease.
     Lease(LeaseEvent),
     /// The list of assignments begins anew.
@@ -119,22 +119,27 @@ pub(crate) enum Event {
 
 /// The way to the owner.
 #[derive(Clone)]
-pub(crate) struct Hub(mpsc::Sender<Event>);
+pub struct Hub(mpsc::Sender<Event>);
 
 impl Hub {
     /// A hub and its other end.
-    pub(crate) fn new() -> (Self, mpsc::Receiver<Event>) {
+    pub fn new() -> (Self, mpsc::Receiver<Event>) {
         let (sender, receiver) = mpsc::channel(1024);
         (Self(sender), receiver)
     }
 
     /// Tells the owner; waits while it is behind.
-    pub(crate) async fn send(&self, event: Event) {
+    pub async fn send(&self, event: Event) {
         // A closed channel means that the agent is ending.
         let _ = self.0.send(event).await;
     }
 
-    /// The same from a thread.
+    /// Whether both lead to the same agent.
+    pub fn same(&self, other: &Self) -> bool {
+        self.0.same_channel(&other.0)
+    }
+
+    /// Tells the owner from a thread.
     pub(crate) fn send_blocking(&self, event: Event) {
         let _ = self.0.blocking_send(event);
     }

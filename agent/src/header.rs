@@ -27,7 +27,7 @@ pub(crate) enum Answer {
 }
 
 /// The child's whole life. What it can't give up was not there to begin with.
-pub(crate) fn child(bytes: u64) -> io::Result<()> {
+pub fn child(bytes: u64) -> io::Result<()> {
     let _ = setpriority_process(None, 19);
     let _ = rustix::thread::set_no_new_privs(true);
     let limit = |most: u64| Rlimit {

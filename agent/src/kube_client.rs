@@ -14,15 +14,26 @@ pub(crate) const WATCH_SECONDS: u32 = 120;
 /// Deadline of a call that is neither a watch nor a Lease.
 pub(crate) const CALL: Duration = Duration::from_secs(15);
 
+/// Addresses of the API server, which no download may contact.
+async fn addresses(host: &str, port: u16) -> Vec<IpAddr> {
+    match host.parse() {
+        Ok(address) => vec![address],
+        Err(_) => tokio::net::lookup_host((host, port))
+            .await
+            .map(|all| all.map(|a| a.ip()).collect())
+            .unwrap_or_default(),
+    }
+}
+
 /// One client per kind of call.
 #[derive(Clone)]
-pub(crate) struct Clients {
+pub struct Clients {
     /// Reads and writes.
-    pub(crate) api: Client,
+    pub api: Client,
     /// Watches.
-    pub(crate) watch: Client,
+    pub watch: Client,
     /// The node's Lease, on a connection of its own.
-    pub(crate) lease: Client,
+    pub lease: Client,
 }
 
 /// Clients of the API server that the environment names, and its addresses.
@@ -33,7 +44,7 @@ pub(crate) async fn connect(config: &Config) -> Result<(Clients, Vec<IpAddr>), k
         .host()
         .unwrap_or_default()
         .trim_matches(['[', ']']);
-    let addresses = crate::addresses(host, base.cluster_url.port_u16().unwrap_or(443)).await;
+    let addresses = addresses(host, base.cluster_url.port_u16().unwrap_or(443)).await;
     let attempt = Duration::from_millis(config.timing.attempt().0);
     let client = |read: Duration, connect: Duration| {
         let mut config = base.clone();

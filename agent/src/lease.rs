@@ -2,21 +2,22 @@
 //!
 //! Owns: the Lease object and the deadline of every attempt. Must not decide what a late renewal means.
 
-use crate::clock;
+use crate::clock::{Host, until, within};
 use crate::config::Config;
 use gogrid_agent_core::session::{Nanos, Renewals, Session, may_take};
 use gogrid_api::{Millis, names};
 use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
 use k8s_openapi::api::core::v1::Node;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, OwnerReference};
 use kube::api::{ObjectMeta, PostParams};
 use kube::{Api, Client, Resource as _};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
 
 /// What became of a renewal.
 #[derive(Clone, Debug)]
-pub(crate) enum LeaseEvent {
+pub enum LeaseEvent {
     /// It is renewed; the fence counts from when it was sent.
     Renewed {
         /// CLOCK_BOOTTIME.
@@ -49,6 +50,7 @@ enum RenewError {
 
 /// The Lease of one node.
 pub(crate) struct Keeper {
+    host: Arc<dyn Host>,
     api: Api<Lease>,
     nodes: Api<Node>,
     node: String,
@@ -64,8 +66,15 @@ pub(crate) struct Keeper {
 
 impl Keeper {
     /// Not taken yet.
-    pub(crate) fn new(client: Client, config: &Config, session: Session, former: Option<String>) -> Self {
+    pub(crate) fn new(
+        host: Arc<dyn Host>,
+        client: Client,
+        config: &Config,
+        session: Session,
+        former: Option<String>,
+    ) -> Self {
         Self {
+            host,
             api: Api::namespaced(client.clone(), &config.namespace),
             nodes: Api::all(client),
             node: config.node.clone(),
@@ -83,10 +92,11 @@ impl Keeper {
     pub(crate) async fn keep(mut self, events: mpsc::Sender<LeaseEvent>) {
         let mut renewals = Renewals::new(self.timing);
         loop {
-            clock::until(renewals.next()).await;
-            let attempt = renewals.begin(clock::boottime());
+            until(&*self.host, renewals.next()).await;
+            let attempt = renewals.begin(self.host.boottime());
             let limit = Duration::from_nanos(attempt.deadline.saturating_sub(attempt.sent));
-            let result = tokio::time::timeout(limit, self.renew())
+            let host = Arc::clone(&self.host);
+            let result = within(&*host, limit, self.renew())
                 .await
                 .unwrap_or(Err(RenewError::Deadline));
             let event = match result {
@@ -146,7 +156,7 @@ impl Keeper {
     }
 
     fn may_take(&mut self, lease: Option<&Lease>, holder: &str) -> bool {
-        let now = clock::boottime();
+        let now = self.host.boottime();
         let mark = lease
             .and_then(|l| l.metadata.resource_version.clone())
             .unwrap_or_default();
@@ -178,7 +188,7 @@ impl Keeper {
         let old = before.and_then(|l| l.spec.clone()).unwrap_or_default();
         let me = self.session.to_string();
         let same = old.holder_identity.as_deref() == Some(&me);
-        let now = clock::wall_micros();
+        let now = MicroTime(self.host.wall());
         let transitions = old.lease_transitions.unwrap_or(0);
         let seconds = i32::try_from(self.timing.lease().0 / 1000).unwrap_or(i32::MAX);
         let lease = Lease {

@@ -3,6 +3,7 @@
 //! Owns: frames in and out, their bounds, who the peer is, and the passing of model descriptors. What comes from a
 //! worker is hostile: bounded before it is read, decoded strictly, cut off at the first breach. Must not act on messages.
 
+use crate::clock::{Host as _, Machine};
 use crate::event::{Event, Greeting, Hub};
 use gogrid_agent_core::protocol::{
     FrameError, FromPool, FromWorker, Hello, PROTOCOL_VERSION, Role, ToPool, ToWorker, WorkerId, body_length,
@@ -27,6 +28,8 @@ const HELLO_DEADLINE: Duration = Duration::from_secs(5);
 const QUEUE: usize = 1024;
 /// Peers connected at once.
 const MAX_PEERS: u32 = 300;
+/// Bytes before a frame's body.
+const LENGTH_BYTES: usize = 4;
 /// Frames a worker may send in one second of the agent's reading.
 const MAX_FRAMES_A_SECOND: u32 = 20_000;
 
@@ -63,7 +66,7 @@ struct Out {
 
 /// A way to one peer. Dropping all of them closes the connection.
 #[derive(Clone)]
-pub(crate) struct Link(mpsc::Sender<Out>);
+pub struct Link(mpsc::Sender<Out>);
 
 /// The peer is gone or does not read.
 #[derive(Debug, thiserror::Error)]
@@ -76,7 +79,24 @@ pub(crate) enum SendError {
     Gone,
 }
 
+/// Frames that were sent over a [`Link`], for a peer in the same process.
+pub struct Frames(mpsc::Receiver<Out>);
+
+impl Frames {
+    /// The next frame's body; `None` once every link is gone.
+    pub async fn next(&mut self) -> Option<Vec<u8>> {
+        let mut frame = self.0.recv().await?.bytes;
+        Some(frame.split_off(LENGTH_BYTES.min(frame.len())))
+    }
+}
+
 impl Link {
+    /// A link to a peer in the same process.
+    pub fn pair() -> (Self, Frames) {
+        let (sender, receiver) = mpsc::channel(QUEUE);
+        (Self(sender), Frames(receiver))
+    }
+
     fn put<T: serde::Serialize>(&self, message: &T, fd: Option<Arc<OwnedFd>>) -> Result<(), SendError> {
         let bytes = encode(message)?;
         self.0.try_send(Out { bytes, fd }).map_err(|_| SendError::Gone)
@@ -197,7 +217,7 @@ async fn from_worker(read: &mut OwnedReadHalf, worker: WorkerId, hub: &Hub) -> R
     let (mut second, mut frames) = (0, 0_u32);
     loop {
         let message = frame::<FromWorker>(read).await?;
-        let now = crate::clock::boottime() / 1_000_000_000;
+        let now = Machine.boottime() / 1_000_000_000;
         (second, frames) = if now == second {
             (second, frames.saturating_add(1))
         } else {

@@ -2,7 +2,7 @@
 //!
 //! Owns: the metrics, `/metrics`, `/healthz` and `/readyz`. Must not decide anything.
 
-use crate::clock;
+use crate::clock::Host;
 use axum::Router;
 use axum::http::StatusCode;
 use axum::routing::get;
@@ -27,7 +27,8 @@ const REQUEST_BUCKETS: [f64; 14] = [
 ];
 
 /// All metrics, and what the probes look at.
-pub(crate) struct Metrics {
+pub struct Metrics {
+    host: Arc<dyn Host>,
     registry: Registry,
     build: IntGaugeVec,
     renewals: IntCounterVec,
@@ -96,7 +97,7 @@ fn times(name: &str, help: &str) -> Result<CounterVec, prometheus::Error> {
 
 impl Metrics {
     /// All at zero.
-    pub(crate) fn new(timing: LeaseTiming) -> Result<Arc<Self>, prometheus::Error> {
+    pub fn new(host: Arc<dyn Host>, timing: LeaseTiming) -> Result<Arc<Self>, prometheus::Error> {
         let new = Self {
             registry: Registry::new(),
             build: IntGaugeVec::new(
@@ -199,10 +200,11 @@ impl Metrics {
                 "gogrid_protocol_breaches_total",
                 "Workers cut off for breaking the protocol.",
             )?,
-            loop_at: AtomicU64::new(clock::boottime()),
-            attempt_at: AtomicU64::new(clock::boottime()),
+            loop_at: AtomicU64::new(host.boottime()),
+            attempt_at: AtomicU64::new(host.boottime()),
             good_at: AtomicU64::new(0),
             timing,
+            host,
         };
         new.build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         // There from the start, so that the first of a kind is seen as an increase.
@@ -219,6 +221,7 @@ impl Metrics {
     fn collectors(&self) -> Vec<Box<dyn Collector>> {
         // Field by field, so that none can be made and never be shown.
         let Self {
+            host: _,
             registry: _,
             loop_at: _,
             attempt_at: _,
@@ -316,16 +319,16 @@ impl Metrics {
 
     /// The main loop came round.
     pub(crate) fn looped(&self) {
-        self.loop_at.store(clock::boottime(), Ordering::Relaxed);
+        self.loop_at.store(self.host.boottime(), Ordering::Relaxed);
     }
 
     /// A renewal was tried.
     pub(crate) fn renewed(&self, good: bool) {
-        let now = clock::boottime();
+        let now = self.host.boottime();
         self.attempt_at.store(now, Ordering::Relaxed);
         if good {
             self.good_at.store(now, Ordering::Relaxed);
-            self.heartbeat.set(clock::wall().0.as_second());
+            self.heartbeat.set(self.host.wall().as_second());
         }
         self.renewals
             .with_label_values(&[if good { "ok" } else { "failed" }])
@@ -335,7 +338,7 @@ impl Metrics {
     /// Alive: the loop turns and renewals are tried. An API server that is away is no reason to be restarted: that
     /// would turn a pause of the workers into their end.
     fn healthy(&self) -> Result<(), &'static str> {
-        let now = clock::boottime();
+        let now = self.host.boottime();
         let lease = self.timing.lease().0.saturating_mul(1_000_000);
         if now.saturating_sub(self.loop_at.load(Ordering::Relaxed)) > LOOP_LIMIT {
             Err("the main loop stands still")
@@ -350,7 +353,7 @@ impl Metrics {
         self.healthy()?;
         let good = self.good_at.load(Ordering::Relaxed);
         let fence = self.timing.fence_after().0.saturating_mul(1_000_000);
-        if good > 0 && clock::boottime() < good.saturating_add(fence) {
+        if good > 0 && self.host.boottime() < good.saturating_add(fence) {
             Ok(())
         } else {
             Err("the lease is not held")
@@ -385,18 +388,21 @@ pub(crate) async fn serve(listener: TcpListener, metrics: Arc<Metrics>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::clock::Machine;
     use gogrid_agent_core::protocol::Finish;
 
     #[test]
     fn the_page_of_metrics_is_what_this_program_exports() {
-        let collectors = Metrics::new(LeaseTiming::default()).unwrap().collectors();
+        let collectors = Metrics::new(Arc::new(Machine), LeaseTiming::default())
+            .unwrap()
+            .collectors();
         let page = gogrid_reference::metrics_page("gogrid-agent", "agent/src/metrics.rs", &collectors);
         gogrid_reference::compare("docs/reference/metrics-agent.md", &page);
     }
 
     #[test]
     fn a_device_adds_fewer_than_forty_series() {
-        let metrics = Metrics::new(LeaseTiming::default()).unwrap();
+        let metrics = Metrics::new(Arc::new(Machine), LeaseTiming::default()).unwrap();
         let series = || -> usize {
             metrics
                 .registry
@@ -429,7 +435,7 @@ mod tests {
 
     #[test]
     fn an_answer_counts_its_tokens_and_its_time_and_an_error_that_never_began_has_none() {
-        let metrics = Metrics::new(LeaseTiming::default()).unwrap();
+        let metrics = Metrics::new(Arc::new(Machine), LeaseTiming::default()).unwrap();
         let result = |outcome, started_at, finished_at| RecordResult {
             line: 1,
             custom_id: None,
@@ -463,7 +469,7 @@ mod tests {
 
     #[test]
     fn what_a_worker_used_is_added_once_and_a_counter_that_fell_adds_nothing() {
-        let metrics = Metrics::new(LeaseTiming::default()).unwrap();
+        let metrics = Metrics::new(Arc::new(Machine), LeaseTiming::default()).unwrap();
         let usage = |device, waited| Usage {
             device,
             waited,

@@ -7,6 +7,7 @@ use crate::config::Config;
 use crate::event::{Event, Hub};
 use crate::header::{self, Answer};
 use crate::metrics::Metrics;
+use futures::future::BoxFuture;
 use gogrid_agent_core::results::clip;
 use gogrid_api::assignment::{ModelFacts, ModelOrder};
 use gogrid_api::job::Failure;
@@ -48,11 +49,11 @@ const CAP_SETUID: u32 = 7;
 const NOBODY: u32 = 65_534;
 
 /// A verified model, ready to be handed to a worker.
-pub(crate) struct Obtained {
+pub struct Obtained {
     /// Read-only descriptor.
-    pub(crate) file: Arc<OwnedFd>,
+    pub file: Arc<OwnedFd>,
     /// Its facts; `None` where the header could not be read, which the worker will say better.
-    pub(crate) facts: Option<ModelFacts>,
+    pub facts: Option<ModelFacts>,
 }
 
 /// A task that ends with whoever waits for it.
@@ -69,6 +70,27 @@ impl<T> Future for AbortOnDrop<T> {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         Pin::new(&mut self.0).poll(cx)
+    }
+}
+
+/// Where an agent gets its models from.
+pub trait ModelSource: Send + Sync {
+    /// Fetches a model, verifies it and reads its facts.
+    fn obtain(&self, order: ModelOrder) -> BoxFuture<'static, Result<Obtained, Failure>>;
+
+    /// Reads a model's header.
+    fn inspect(&self, order: ModelOrder) -> BoxFuture<'static, Result<ModelFacts, Failure>>;
+}
+
+impl ModelSource for Models {
+    fn obtain(&self, order: ModelOrder) -> BoxFuture<'static, Result<Obtained, Failure>> {
+        let models = self.clone();
+        Box::pin(async move { models.obtained(&order).await })
+    }
+
+    fn inspect(&self, order: ModelOrder) -> BoxFuture<'static, Result<ModelFacts, Failure>> {
+        let models = self.clone();
+        Box::pin(async move { models.inspected(&order).await })
     }
 }
 
@@ -149,7 +171,7 @@ impl Models {
     }
 
     /// Fetches a model, verifies it and reads its facts.
-    pub(crate) async fn obtain(&self, order: &ModelOrder) -> Result<Obtained, Failure> {
+    async fn obtained(&self, order: &ModelOrder) -> Result<Obtained, Failure> {
         let obtained = self.try_obtain(order).await;
         if let Err(Failure { reason, .. }) = &obtained {
             self.metrics.model_failures.with_label_values(&[reason]).inc();
@@ -185,14 +207,14 @@ impl Models {
 
     /// Reads a model's header. A file beneath a root is looked at where it lies; any other model is fetched first, so
     /// that a run on this node finds it in the store.
-    pub(crate) async fn inspect(&self, order: &ModelOrder) -> Result<ModelFacts, Failure> {
+    async fn inspected(&self, order: &ModelOrder) -> Result<ModelFacts, Failure> {
         match ModelUri::parse(&order.uri).map_err(|e| failure(&e))? {
             ModelUri::File(path) => {
                 let (file, bytes) = self.open_beneath(path).await?;
                 self.read_header(file, bytes).await
             }
             ModelUri::Http(_) => {
-                let obtained = self.obtain(order).await?;
+                let obtained = self.obtained(order).await?;
                 let copy = obtained
                     .file
                     .try_clone()

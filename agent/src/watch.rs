@@ -3,63 +3,91 @@
 //! Owns: the four watches, each restarted with backoff and each ended by the server within two minutes. A malformed
 //! object never stops the others. Must not act on what it sees.
 
+use crate::clock::Host;
 use crate::config::Config;
 use crate::event::{Event, Hub};
 use crate::kube_client::{Clients, WATCH_SECONDS};
-use futures::{Stream, StreamExt as _, TryStreamExt as _};
+use futures::{Stream, StreamExt as _};
 use gogrid_api::effective::NamedProfile;
 use gogrid_api::{Assignment, GpuNode, ResourceProfile};
 use k8s_openapi::api::core::v1::Node;
 use kube::core::DeserializeGuard;
-use kube::runtime::WatchStreamExt as _;
 use kube::runtime::watcher::{self, Event as Seen, watcher};
 use kube::{Api, Resource, ResourceExt as _};
 use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::pin::pin;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::sync::Notify;
 
-fn stream<K>(api: Api<K>, fields: &str) -> impl Stream<Item = Seen<K>> + Send + use<K>
+/// How long to wait after that many failures in a row: doubled up to half a minute, and spread, so that a thousand
+/// agents that lost the API server together don't come back together.
+fn pause(failures: u32, random: u64) -> Duration {
+    let base = (800_u64 << failures.saturating_sub(1).min(6)).min(30_000);
+    Duration::from_millis(base + random % base)
+}
+
+fn stream<K>(host: &Arc<dyn Host>, api: Api<K>, fields: &str) -> impl Stream<Item = Seen<K>> + Send + use<K>
 where
     K: Resource + Clone + serde::de::DeserializeOwned + Debug + Send + 'static,
 {
     let config = watcher::Config::default().timeout(WATCH_SECONDS).fields(fields);
-    watcher(api, config)
-        .default_backoff()
-        .inspect_err(|error| tracing::warn!(%error, "a watch broke and is begun again"))
-        .filter_map(|seen| std::future::ready(seen.ok()))
+    let start = (Arc::clone(host), Box::pin(watcher(api, config)), 0);
+    futures::stream::unfold(start, |(host, mut seen, mut failures)| async move {
+        loop {
+            match seen.next().await? {
+                Ok(event) => return Some((event, (host, seen, 0))),
+                Err(error) => {
+                    tracing::warn!(%error, "a watch broke and is begun again");
+                    failures += 1;
+                    host.sleep(pause(failures, host.random())).await;
+                }
+            }
+        }
+    })
 }
 
 /// Keeps all four going for ever; begins them anew when told to.
-pub(crate) async fn keep(clients: Clients, config: Config, hub: Hub, again: Arc<Notify>) {
+pub(crate) async fn keep(
+    host: Arc<dyn Host>,
+    clients: Clients,
+    config: Config,
+    hub: Hub,
+    again: Arc<Notify>,
+) {
     loop {
-        let tasks = start(&clients, &config, &hub);
+        let tasks = start(&host, &clients, &config, &hub);
         again.notified().await;
         tracing::info!("watches begin anew");
         tasks.iter().for_each(tokio::task::JoinHandle::abort);
     }
 }
 
-fn start(clients: &Clients, config: &Config, hub: &Hub) -> Vec<tokio::task::JoinHandle<()>> {
+fn start(
+    host: &Arc<dyn Host>,
+    clients: &Clients,
+    config: &Config,
+    hub: &Hub,
+) -> Vec<tokio::task::JoinHandle<()>> {
     let client = || clients.watch.clone();
+    let mine = format!("spec.nodeName={}", config.node);
+    let named = format!("metadata.name={}", config.node);
+    let orders = stream(host, Api::namespaced(client(), &config.namespace), &mine);
     vec![
-        tokio::spawn(assignments(
-            stream(
-                Api::namespaced(client(), &config.namespace),
-                &format!("spec.nodeName={}", config.node),
-            ),
+        host.spawn(Box::pin(assignments(orders, hub.clone()))),
+        host.spawn(Box::pin(profiles(
+            stream(host, Api::all(client()), ""),
             hub.clone(),
-        )),
-        tokio::spawn(profiles(stream(Api::all(client()), ""), hub.clone())),
-        tokio::spawn(node(
-            stream(Api::all(client()), &format!("metadata.name={}", config.node)),
+        ))),
+        host.spawn(Box::pin(node(
+            stream(host, Api::all(client()), &named),
             hub.clone(),
-        )),
-        tokio::spawn(gpu_node(
-            stream(Api::all(client()), &format!("metadata.name={}", config.node)),
+        ))),
+        host.spawn(Box::pin(gpu_node(
+            stream(host, Api::all(client()), &named),
             hub.clone(),
-        )),
+        ))),
     ]
 }
 

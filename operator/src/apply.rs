@@ -3,6 +3,7 @@
 //! Owns: how each operation is written to the API server (field manager, preconditions). Must not: decide which
 //! operation comes next, nor try one again; the next round does.
 
+use crate::clock::Host;
 use crate::events;
 use crate::inputs;
 use crate::observe::{LeaseInfo, lease_info};
@@ -23,6 +24,7 @@ use serde::de::DeserializeOwned;
 use serde_json::json;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
+use std::sync::Arc;
 
 /// One call or a few that belong together.
 #[derive(Clone, Debug)]
@@ -122,6 +124,7 @@ impl From<kube::Error> for StepError {
 /// The hand that writes.
 #[derive(Clone)]
 pub(crate) struct Executor {
+    pub(crate) host: Arc<dyn Host>,
     pub(crate) client: Client,
     pub(crate) namespace: String,
     pub(crate) reporter: String,
@@ -223,7 +226,10 @@ impl Executor {
         for told in told {
             // An event that can't be told (a namespace on its way out) must not hold the job up.
             if let Err(error) = api
-                .create(&post_params(), &events::object(job, &told, &self.reporter))
+                .create(
+                    &post_params(),
+                    &events::object(job, &told, &self.reporter, self.host.wall()),
+                )
                 .await
             {
                 tracing::warn!(

@@ -15,7 +15,7 @@ type GenericService = BoxService<Request<Body>, Response<Box<DynBody>>, BoxError
 
 /// No client could be made.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum ClientError {
+pub enum ClientError {
     /// Neither a kubeconfig nor a service account.
     #[error("no way to the API server is configured")]
     Infer(#[from] kube::config::InferConfigError),
@@ -25,7 +25,7 @@ pub(crate) enum ClientError {
 }
 
 /// The configuration of all clients.
-pub(crate) async fn config() -> Result<Config, ClientError> {
+pub async fn config() -> Result<Config, ClientError> {
     let mut config = Config::infer().await?;
     config.default_retry = false;
     config.connect_timeout = Some(Duration::from_secs(5));
@@ -36,7 +36,7 @@ pub(crate) async fn config() -> Result<Config, ClientError> {
 }
 
 /// A client with a connection of its own, behind the gate; `beneath` lies between the two.
-pub(crate) fn gated<L>(config: Config, beneath: &L, gate: &GateLayer) -> Result<Client, ClientError>
+pub fn gated<L>(config: Config, beneath: &L, gate: &GateLayer) -> Result<Client, ClientError>
 where
     L: Layer<GenericService>,
     L::Service: Service<Request<Body>, Response = Response<Box<DynBody>>, Error = BoxError> + Send + 'static,

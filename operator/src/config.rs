@@ -6,10 +6,11 @@ use clap::{Parser, ValueEnum};
 use gogrid_api::timing::LeaseTimingError;
 use gogrid_api::{LeaseTiming, Millis};
 use std::net::SocketAddr;
+use std::time::Duration;
 
 /// Form of log lines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum LogFormat {
+pub enum LogFormat {
     /// One JSON object a line.
     Json,
     /// For people.
@@ -19,7 +20,7 @@ pub(crate) enum LogFormat {
 /// Decides where InferenceJobs run and publishes their results.
 #[derive(Debug, Parser)]
 #[command(name = "gogrid-operator", version)]
-pub(crate) struct Flags {
+pub struct Flags {
     /// GoGrid's own namespace: assignments, staged inputs, heartbeats.
     #[arg(long, env = "GOGRID_NAMESPACE", default_value = "gogrid-system")]
     namespace: String,
@@ -49,21 +50,36 @@ pub(crate) struct Flags {
 
 /// What the operator goes by.
 #[derive(Clone, Debug)]
-pub(crate) struct Config {
-    pub(crate) namespace: String,
-    pub(crate) timing: LeaseTiming,
-    pub(crate) metrics_addr: SocketAddr,
-    pub(crate) model_roots: Vec<String>,
-    pub(crate) holder: String,
-    pub(crate) log_format: LogFormat,
-    pub(crate) concurrency: usize,
+pub struct Config {
+    /// GoGrid's own namespace.
+    pub namespace: String,
+    /// Durations of leases.
+    pub timing: LeaseTiming,
+    /// Where metrics are served.
+    pub metrics_addr: SocketAddr,
+    /// Directories beneath which nodes hold `file:` models.
+    pub model_roots: Vec<String>,
+    /// This process among operators, unique.
+    pub holder: String,
+    /// Form of log lines.
+    pub log_format: LogFormat,
+    /// Jobs worked on at the same time.
+    pub concurrency: usize,
+    /// Kills the process around its N-th mutating request.
     #[cfg(feature = "faults")]
-    pub(crate) faults: Vec<gogrid_faults::Fault>,
+    pub faults: Vec<gogrid_faults::Fault>,
+}
+
+impl Config {
+    /// Longest time of a call to the API server that is no watch: a renewal's interval, from 3 to 10 s.
+    pub fn call_deadline(&self) -> Duration {
+        Duration::from_millis(self.timing.renew().0.clamp(3_000, 10_000))
+    }
 }
 
 /// A flag can't be used.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum ConfigError {
+pub enum ConfigError {
     /// The lease's length.
     #[error("--lease-duration-seconds: {0}")]
     Lease(#[from] LeaseTimingError),
@@ -77,7 +93,7 @@ pub(crate) enum ConfigError {
 
 impl Flags {
     /// Validates; `unique` tells this process from every other.
-    pub(crate) fn validate(self, unique: &str) -> Result<Config, ConfigError> {
+    pub fn validate(self, unique: &str) -> Result<Config, ConfigError> {
         if let Some(bad) = self
             .model_roots
             .iter()

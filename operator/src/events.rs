@@ -2,13 +2,13 @@
 //!
 //! Owns: which change of a status is told as an Event. Must not: tell anything twice; an unchanged status says nothing.
 
-use crate::clock;
 use gogrid_api::condition::{find, is_true};
 use gogrid_api::job::conditions;
 use gogrid_api::{ConditionStatus, InferenceJob, InferenceJobStatus, names};
 use k8s_openapi::api::core::v1::ObjectReference;
 use k8s_openapi::api::events::v1::Event;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
+use k8s_openapi::jiff::Timestamp;
 use kube::api::ObjectMeta;
 use kube::{Resource as _, ResourceExt as _};
 
@@ -123,7 +123,7 @@ pub(crate) fn between(old: Option<&InferenceJobStatus>, new: &InferenceJobStatus
 }
 
 /// The object to create for it.
-pub(crate) fn object(job: &InferenceJob, told: &Told, reporter: &str) -> Event {
+pub(crate) fn object(job: &InferenceJob, told: &Told, reporter: &str, now: Timestamp) -> Event {
     Event {
         metadata: ObjectMeta {
             // A trailing dash is the only ending that the server takes for a prefix.
@@ -134,7 +134,7 @@ pub(crate) fn object(job: &InferenceJob, told: &Told, reporter: &str) -> Event {
             namespace: job.namespace(),
             ..ObjectMeta::default()
         },
-        event_time: Some(MicroTime(clock::micro())),
+        event_time: Some(MicroTime(now)),
         action: Some("Reconcile".into()),
         reason: Some(told.reason.clone()),
         note: Some(told.note.chars().take(1000).collect()),

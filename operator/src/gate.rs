@@ -3,7 +3,7 @@
 //! Owns: refusing writes while this process does not lead (or is about to stop leading), deadlines of calls that are
 //! not watches, counting calls. Must not: know what the calls mean.
 
-use crate::clock;
+use crate::clock::{Host, within};
 use crate::metrics::Metrics;
 use gogrid_api::Millis;
 use http::{Method, Request, Response};
@@ -18,14 +18,14 @@ use tower::{BoxError, Layer, Service};
 
 /// Until when this process may write, and under which term.
 #[derive(Debug, Default)]
-pub(crate) struct Leadership {
+pub struct Leadership {
     valid_until: AtomicU64,
     term: AtomicI64,
 }
 
 impl Leadership {
     /// Leads until then.
-    pub(crate) fn hold(&self, until: Millis, term: i64) {
+    pub fn hold(&self, until: Millis, term: i64) {
         self.term.store(term, Ordering::SeqCst);
         self.valid_until.store(until.0, Ordering::SeqCst);
     }
@@ -56,10 +56,15 @@ pub(crate) struct TimedOut(Duration);
 
 /// What the gate needs.
 #[derive(Clone)]
-pub(crate) struct GateLayer {
-    pub(crate) leadership: Arc<Leadership>,
-    pub(crate) deadline: Duration,
-    pub(crate) metrics: Arc<Metrics>,
+pub struct GateLayer {
+    /// Clocks and waiting.
+    pub host: Arc<dyn Host>,
+    /// Who may write.
+    pub leadership: Arc<Leadership>,
+    /// Longest time of a call that is no watch.
+    pub deadline: Duration,
+    /// Where calls are counted.
+    pub metrics: Arc<Metrics>,
 }
 
 impl<S> Layer<S> for GateLayer {
@@ -74,7 +79,7 @@ impl<S> Layer<S> for GateLayer {
 }
 
 /// The door itself.
-pub(crate) struct Gate<S> {
+pub struct Gate<S> {
     inner: S,
     layer: GateLayer,
 }
@@ -114,22 +119,22 @@ where
         let path = request.uri().path().to_owned();
         let query = request.uri().query().unwrap_or("").to_owned();
         let gated = mutates(request.method()) && !exempt(&path, &query);
-        if gated && self.layer.leadership.term(clock::mono()).is_none() {
+        if gated && self.layer.leadership.term(self.layer.host.mono()).is_none() {
             let method = request.method().clone();
             return Box::pin(async move { Err(BoxError::from(NotLeading { method, path })) });
         }
         let verb = request.method().as_str().to_lowercase();
         self.layer.metrics.api_calls.with_label_values(&[&verb]).inc();
         let answer = self.inner.call(request);
-        let deadline = self.layer.deadline;
+        let (host, deadline) = (Arc::clone(&self.layer.host), self.layer.deadline);
         let watch = watches(&query);
         Box::pin(async move {
             if watch {
                 answer.await
             } else {
-                tokio::time::timeout(deadline, answer)
+                within(&*host, deadline, answer)
                     .await
-                    .unwrap_or_else(|_| Err(BoxError::from(TimedOut(deadline))))
+                    .unwrap_or_else(|| Err(BoxError::from(TimedOut(deadline))))
             }
         })
     }

@@ -4,7 +4,7 @@
 //! its own monotonic clock. Must not: trust a timestamp in the Lease, or lead on CRDs without fence rules.
 
 use crate::apply::post_params;
-use crate::clock;
+use crate::clock::{Host, within};
 use crate::gate::Leadership;
 use crate::metrics::Metrics;
 use crate::probe::{self, ProbeError};
@@ -66,6 +66,7 @@ impl LeaderError {
 
 /// The election of one process.
 pub(crate) struct Election {
+    pub(crate) host: Arc<dyn Host>,
     pub(crate) client: Client,
     pub(crate) holder: String,
     pub(crate) timing: LeaseTiming,
@@ -96,7 +97,7 @@ impl Election {
                     }
                 }
             }
-            let term = self.leadership.term(clock::mono());
+            let term = self.leadership.term(self.host.mono());
             self.metrics.leader.set(i64::from(term.is_some()));
             if *leads.borrow() != term {
                 if let Some(term) = term {
@@ -109,8 +110,9 @@ impl Election {
             }
             let pause = Duration::from_millis(self.timing.leader_renew().0);
             tokio::select! {
-                () = tokio::time::sleep(pause) => {}
+                biased;
                 _ = stop.changed() => {}
+                () = self.host.sleep(pause) => {}
             }
         }
         leads.send_replace(None);
@@ -125,10 +127,10 @@ impl Election {
         probed: &mut bool,
     ) -> Result<(), LeaderError> {
         let found = self.call(api.get_opt(LEADER_LEASE)).await?;
-        let now = clock::mono();
+        let now = self.host.mono();
         let Some(lease) = found else {
             self.probe(probed).await?;
-            let sent = clock::mono();
+            let sent = self.host.mono();
             let new = self.written(None);
             let made = self.call(api.create(&post_params(), &new)).await?;
             self.won(sent, &made);
@@ -153,7 +155,7 @@ impl Election {
             }
             Act::Renew | Act::Take => {
                 self.probe(probed).await?;
-                let sent = clock::mono();
+                let sent = self.host.mono();
                 let new = self.written(Some(&lease));
                 let made = self.call(api.replace(LEADER_LEASE, &post_params(), &new)).await?;
                 *seen = made.resource_version().map(|mark| (mark, sent));
@@ -184,7 +186,7 @@ impl Election {
     fn written(&self, old: Option<&Lease>) -> Lease {
         let spec = old.and_then(|l| l.spec.clone()).unwrap_or_default();
         let ours = spec.holder_identity.as_deref() == Some(self.holder.as_str());
-        let now = MicroTime(clock::micro());
+        let now = MicroTime(self.host.wall());
         let seconds = i32::try_from(self.timing.leader_lease().0.div_ceil(1000)).unwrap_or(8);
         Lease {
             metadata: ObjectMeta {
@@ -220,7 +222,7 @@ impl Election {
             return;
         };
         spec.holder_identity = None;
-        spec.renew_time = Some(MicroTime(clock::micro()));
+        spec.renew_time = Some(MicroTime(self.host.wall()));
         lease.metadata.managed_fields = None;
         match self.call(api.replace(LEADER_LEASE, &post_params(), &lease)).await {
             Ok(_) => tracing::info!("leadership released"),
@@ -233,9 +235,9 @@ impl Election {
 
     async fn call<T>(&self, call: impl Future<Output = kube::Result<T>> + Send) -> Result<T, LeaderError> {
         let limit = Duration::from_millis((self.timing.leader_lease().0 / 2).max(500));
-        match tokio::time::timeout(limit, call).await {
-            Ok(answer) => answer.map_err(|e| LeaderError::Api(Box::new(e))),
-            Err(_) => Err(LeaderError::Timeout),
+        match within(&*self.host, limit, call).await {
+            Some(answer) => answer.map_err(|e| LeaderError::Api(Box::new(e))),
+            None => Err(LeaderError::Timeout),
         }
     }
 }

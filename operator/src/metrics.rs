@@ -21,7 +21,7 @@ const BUCKETS: [f64; 8] = [0.0005, 0.002, 0.01, 0.05, 0.2, 1.0, 5.0, 30.0];
 
 /// All metrics.
 #[derive(Debug)]
-pub(crate) struct Metrics {
+pub struct Metrics {
     registry: Registry,
     build: IntGaugeVec,
     /// Time of one turn of the owner.
@@ -77,7 +77,7 @@ fn seconds(name: &str, help: &str) -> Result<Histogram, prometheus::Error> {
 
 impl Metrics {
     /// Registers everything.
-    pub(crate) fn new() -> Result<Self, prometheus::Error> {
+    pub fn new() -> Result<Self, prometheus::Error> {
         let new = Self {
             registry: Registry::new(),
             build: gauges(
@@ -238,7 +238,7 @@ impl Metrics {
 
 /// The server could not be started or ended badly.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum ServeError {
+pub enum ServeError {
     /// The address is taken or not ours.
     #[error("--metrics-addr {0} can't be bound")]
     Bind(SocketAddr, #[source] std::io::Error),
@@ -248,7 +248,7 @@ pub(crate) enum ServeError {
 }
 
 /// Serves until `stop`.
-pub(crate) async fn serve(
+pub async fn serve(
     address: SocketAddr,
     metrics: Arc<Metrics>,
     stop: impl Future<Output = ()> + Send + 'static,

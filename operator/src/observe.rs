@@ -3,6 +3,7 @@
 //! Owns: one watch per kind with back-off, malformed objects logged and counted, and the changes on their way to the
 //! owner. Must not: keep state or decide anything.
 
+use crate::clock::Host;
 use crate::metrics::Metrics;
 use futures::StreamExt as _;
 use gogrid_api::job::TaintEffect;
@@ -13,12 +14,13 @@ use k8s_openapi::api::core::v1::Node;
 use k8s_openapi::api::scheduling::v1::PriorityClass;
 use kube::api::Api;
 use kube::core::DeserializeGuard;
-use kube::runtime::{WatchStreamExt as _, watcher};
+use kube::runtime::watcher;
 use kube::{Client, Resource, ResourceExt as _};
 use serde::de::DeserializeOwned;
 use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::sync::mpsc;
 
 /// A Node as placement needs it.
@@ -75,10 +77,16 @@ pub(crate) enum Observation {
 pub(crate) const KINDS: usize = 7;
 
 /// Starts all watches; they end with the process or when nobody listens any more.
-pub(crate) fn start(client: &Client, namespace: &str, metrics: &Arc<Metrics>) -> mpsc::Receiver<Observation> {
+pub(crate) fn start(
+    host: &Arc<dyn Host>,
+    client: &Client,
+    namespace: &str,
+    metrics: &Arc<Metrics>,
+) -> mpsc::Receiver<Observation> {
     let (tx, rx) = mpsc::channel(1024);
     let c = || client.clone();
     spawn(
+        host,
         Api::all(c()),
         plain::<InferenceJob>,
         Observation::Job,
@@ -86,6 +94,7 @@ pub(crate) fn start(client: &Client, namespace: &str, metrics: &Arc<Metrics>) ->
         metrics,
     );
     spawn(
+        host,
         Api::namespaced(c(), namespace),
         plain::<Assignment>,
         Observation::Assignment,
@@ -93,6 +102,7 @@ pub(crate) fn start(client: &Client, namespace: &str, metrics: &Arc<Metrics>) ->
         metrics,
     );
     spawn(
+        host,
         Api::all(c()),
         plain::<GpuNode>,
         Observation::GpuNode,
@@ -100,25 +110,35 @@ pub(crate) fn start(client: &Client, namespace: &str, metrics: &Arc<Metrics>) ->
         metrics,
     );
     spawn(
+        host,
         Api::all(c()),
         plain::<ResourceProfile>,
         Observation::Profile,
         &tx,
         metrics,
     );
-    spawn(Api::all(c()), node_info, Observation::Node, &tx, metrics);
+    spawn(host, Api::all(c()), node_info, Observation::Node, &tx, metrics);
     spawn(
+        host,
         Api::namespaced(c(), namespace),
         lease_info,
         Observation::Lease,
         &tx,
         metrics,
     );
-    spawn(Api::all(c()), priority_info, Observation::Priority, &tx, metrics);
+    spawn(
+        host,
+        Api::all(c()),
+        priority_info,
+        Observation::Priority,
+        &tx,
+        metrics,
+    );
     rx
 }
 
 fn spawn<K, T>(
+    host: &Arc<dyn Host>,
     api: Api<DeserializeGuard<K>>,
     convert: fn(K) -> T,
     wrap: fn(Change<T>) -> Observation,
@@ -128,8 +148,8 @@ fn spawn<K, T>(
     K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + Sync + 'static,
     T: Send + 'static,
 {
-    let (tx, metrics) = (tx.clone(), metrics.clone());
-    tokio::spawn(async move {
+    let (tx, metrics, machine) = (tx.clone(), metrics.clone(), Arc::clone(host));
+    host.spawn(Box::pin(async move {
         let kind = K::kind(&()).into_owned();
         let read = |guarded: DeserializeGuard<K>| match guarded.0 {
             Ok(object) => Some(convert(object)),
@@ -147,8 +167,10 @@ fn spawn<K, T>(
             }
         };
         let mut listed = vec![];
-        let mut events = watcher(api, watcher::Config::default()).default_backoff().boxed();
+        let mut failures = 0;
+        let mut events = watcher(api, watcher::Config::default()).boxed();
         while let Some(event) = events.next().await {
+            let broken = event.is_err();
             let change = match event {
                 Ok(watcher::Event::Init) => {
                     listed.clear();
@@ -172,8 +194,19 @@ fn spawn<K, T>(
             {
                 return;
             }
+            failures = if broken { failures + 1 } else { 0 };
+            if broken {
+                machine.sleep(pause(failures, machine.random())).await;
+            }
         }
-    });
+    }));
+}
+
+/// How long to wait after that many failures in a row: doubled up to half a minute, and spread, so that operators and
+/// kinds that lost the API server together don't come back together.
+fn pause(failures: u32, random: u64) -> Duration {
+    let base = (800_u64 << failures.saturating_sub(1).min(6)).min(30_000);
+    Duration::from_millis(base + random % base)
 }
 
 fn plain<K: Resource>(mut object: K) -> K {

@@ -4,7 +4,7 @@
 //! needs (`round` does) or talk to the API server itself (`apply` does).
 
 use crate::apply::{Executor, Fact, StepError};
-use crate::clock;
+use crate::clock::{Host, within};
 use crate::config::Config;
 use crate::gate::Leadership;
 use crate::metrics::Metrics;
@@ -15,6 +15,7 @@ use crate::round::{Memory, Round, Work};
 use crate::store::{Claim, Store};
 use crate::telemetry::{self, Telemetry};
 use gogrid_api::{Millis, ResourceProfile, names};
+use gogrid_planner::liveness::Liveness;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
@@ -45,6 +46,7 @@ enum Answer {
 
 /// The owner.
 pub(crate) struct Owner {
+    host: Arc<dyn Host>,
     config: Config,
     executor: Executor,
     leadership: Arc<Leadership>,
@@ -71,8 +73,9 @@ impl Owner {
     ) -> Self {
         let (answers, answered) = mpsc::unbounded_channel();
         Self {
-            store: Store::new(config.timing),
+            store: Store::new(Liveness::new(config.timing, executor.host.mono())),
             permits: Arc::new(Semaphore::new(config.concurrency)),
+            host: Arc::clone(&executor.host),
             config,
             executor,
             leadership,
@@ -97,21 +100,23 @@ impl Owner {
         mut stop: watch::Receiver<bool>,
     ) {
         let period = Duration::from_millis((self.config.timing.lease().0 / 40).clamp(100, 1000));
-        let mut tick = tokio::time::interval(period);
-        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut tick = self.host.sleep(Duration::ZERO);
         while !*stop.borrow() {
             let mut look = false;
+            // In this order: what comes seldom must not wait behind a flood of what comes often.
             tokio::select! {
-                observation = seen.recv() => match observation {
-                    Some(observation) => {
-                        look |= self.store.apply(clock::mono(), observation);
-                        // A burst is one round.
-                        while let Ok(more) = seen.try_recv() {
-                            look |= self.store.apply(clock::mono(), more);
-                        }
+                biased;
+                _ = stop.changed() => {}
+                _ = leads.changed() => {
+                    if leads.borrow_and_update().is_some() {
+                        self.sweep();
                     }
-                    None => return,
-                },
+                }
+                () = &mut tick => {
+                    tick = self.host.sleep(period);
+                    self.tick();
+                    look = true;
+                }
                 Some(answer) = self.answered.recv() => {
                     self.take(answer);
                     while let Ok(more) = self.answered.try_recv() {
@@ -119,16 +124,16 @@ impl Owner {
                     }
                     look = true;
                 }
-                _ = tick.tick() => {
-                    self.tick();
-                    look = true;
-                }
-                _ = leads.changed() => {
-                    if leads.borrow_and_update().is_some() {
-                        self.sweep();
+                observation = seen.recv() => match observation {
+                    Some(observation) => {
+                        look |= self.store.apply(self.host.mono(), observation);
+                        // A burst is one round.
+                        while let Ok(more) = seen.try_recv() {
+                            look |= self.store.apply(self.host.mono(), more);
+                        }
                     }
-                }
-                _ = stop.changed() => {}
+                    None => return,
+                },
             }
             if look {
                 self.round();
@@ -138,6 +143,7 @@ impl Owner {
     }
 
     async fn drain(&mut self) {
+        let host = Arc::clone(&self.host);
         let all = async {
             while !self.busy.is_empty() {
                 match self.answered.recv().await {
@@ -146,23 +152,23 @@ impl Owner {
                 }
             }
         };
-        if tokio::time::timeout(Duration::from_secs(5), all).await.is_err() {
+        if within(&*host, Duration::from_secs(5), all).await.is_none() {
             tracing::warn!("stopping with calls on their way");
         }
     }
 
     fn tick(&mut self) {
-        let now = clock::mono();
+        let now = self.host.mono();
         self.store.liveness.tick(now);
         self.metrics.set_ready(self.store.synced());
         self.telemetry
-            .tick(&self.store, &self.metrics, now, clock::wall());
+            .tick(&self.store, &self.metrics, now, self.host.wall().as_second());
     }
 
     /// What a new leader looks for: presets that are absent, and inputs staged under an earlier one.
     fn sweep(&mut self) {
         let (executor, answers) = (self.executor.clone(), self.answers.clone());
-        tokio::spawn(async move {
+        self.host.spawn(Box::pin(async move {
             let found = async {
                 match presets::read(executor.presets_text().await?.as_deref()) {
                     Ok(profiles) => executor.create_absent_profiles(profiles).await?,
@@ -174,15 +180,15 @@ impl Owner {
             };
             let found = found.await;
             if found.is_err() {
-                tokio::time::sleep(Duration::from_secs(1)).await;
+                executor.host.sleep(Duration::from_secs(1)).await;
             }
             // The owner is gone only when the process ends.
             let _ = answers.send(Answer::Swept(found));
-        });
+        }));
     }
 
     fn round(&mut self) {
-        let now = clock::mono();
+        let now = self.host.mono();
         let Some(term) = self.leadership.term(now).filter(|_| self.store.synced()) else {
             return;
         };
@@ -203,7 +209,7 @@ impl Owner {
             missing_since: &self.missing_since,
             config: &self.config,
             now,
-            wall: clock::wall(),
+            wall: self.host.wall().as_second(),
             term,
         }
         .works();
@@ -236,7 +242,7 @@ impl Owner {
             self.permits.clone(),
             self.metrics.clone(),
         );
-        tokio::spawn(async move {
+        self.host.spawn(Box::pin(async move {
             let _permit = permits.acquire_owned().await;
             let timer = metrics.work_seconds.start_timer();
             let mut facts = vec![];
@@ -249,9 +255,9 @@ impl Owner {
                 }
                 Ok::<(), StepError>(())
             };
-            let error = match tokio::time::timeout(Duration::from_secs(60), all).await {
-                Ok(outcome) => outcome.err(),
-                Err(_) => Some(StepError::TimedOut),
+            let error = match within(&*executor.host, Duration::from_secs(60), all).await {
+                Some(outcome) => outcome.err(),
+                None => Some(StepError::TimedOut),
             };
             timer.observe_duration();
             let _ = answers.send(Answer::Work {
@@ -261,7 +267,7 @@ impl Owner {
                 facts,
                 error,
             });
-        });
+        }));
     }
 
     fn take(&mut self, answer: Answer) {
@@ -293,7 +299,7 @@ impl Owner {
             }
             Answer::Swept(Err(error)) => {
                 self.failed("Sweep", "", &error);
-                if self.leadership.term(clock::mono()).is_some() {
+                if self.leadership.term(self.host.mono()).is_some() {
                     self.sweep();
                 }
             }
@@ -301,7 +307,7 @@ impl Owner {
     }
 
     fn learn(&mut self, uid: &str, step: &'static str, fact: Fact) {
-        let now = clock::mono();
+        let now = self.host.mono();
         let memory = self.memory.entry(uid.to_owned()).or_default();
         match fact {
             Fact::Job(job) => {
@@ -335,7 +341,7 @@ impl Owner {
     }
 
     fn judge(&mut self, uid: &str, key: &str, step: &'static str, error: Option<StepError>) {
-        let now = clock::mono();
+        let now = self.host.mono();
         let Some(error) = error else {
             if let Some(memory) = self.memory.get_mut(uid) {
                 memory.failures = 0;
@@ -375,7 +381,7 @@ impl Owner {
     }
 
     fn write_profiles(&mut self, now: Millis) {
-        for (name, status) in profiles::statuses(&self.store, clock::wall()) {
+        for (name, status) in profiles::statuses(&self.store, self.host.wall().as_second()) {
             let Some(profile) = self
                 .store
                 .profiles
@@ -395,18 +401,14 @@ impl Owner {
             self.profiles_busy.insert(name.clone());
             self.profiles_written.insert(name.clone(), now);
             let (executor, answers, profile) = (self.executor.clone(), self.answers.clone(), profile.clone());
-            tokio::spawn(async move {
-                let written = match tokio::time::timeout(
-                    Duration::from_secs(20),
-                    executor.write_profile(&profile, &status),
-                )
-                .await
-                {
-                    Ok(written) => written.map(Box::new),
-                    Err(_) => Err(StepError::TimedOut),
+            self.host.spawn(Box::pin(async move {
+                let write = executor.write_profile(&profile, &status);
+                let written = match within(&*executor.host, Duration::from_secs(20), write).await {
+                    Some(written) => written.map(Box::new),
+                    None => Err(StepError::TimedOut),
                 };
                 let _ = answers.send(Answer::Profile { name, written });
-            });
+            }));
         }
         let known = &self.store.profiles;
         self.profiles_written.retain(|name, _| known.contains_key(name));

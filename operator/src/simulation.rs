@@ -11,6 +11,7 @@ use gogrid_api::assignment::{StagedInput, State};
 use gogrid_api::job::ResultStatus;
 use gogrid_api::{Assignment, GpuNode, InferenceJob, LeaseTiming, Millis, condition};
 use gogrid_planner::lifecycle::Publication;
+use gogrid_planner::liveness::Liveness;
 use kube::ResourceExt as _;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
@@ -28,6 +29,7 @@ struct Sim {
 }
 
 const WALL: i64 = 1_700_000_000;
+const START: u64 = 1_000_000;
 
 impl Sim {
     fn new() -> Self {
@@ -43,12 +45,12 @@ impl Sim {
             faults: vec![],
         };
         let mut sim = Self {
-            store: Store::new(config.timing),
+            store: Store::new(Liveness::new(config.timing, Millis(START))),
             memory: BTreeMap::new(),
             has_inputs: BTreeSet::new(),
             missing_since: BTreeMap::new(),
             config,
-            now: crate::clock::mono().0,
+            now: START,
             version: 100,
             writes: 0,
             steps: vec![],

@@ -3,7 +3,6 @@
 //! Owns: the newest version of every watched object, and the planner's world built from them. One task owns it.
 //! Must not: call the API server or decide anything.
 
-use crate::clock;
 use crate::observe::{Change, KINDS, LeaseInfo, NodeInfo, Observation, PriorityInfo};
 use crate::validate::canonical;
 use gogrid_api::assignment::{Kind, State};
@@ -11,8 +10,8 @@ use gogrid_api::effective::NamedProfile;
 use gogrid_api::job::{Stage, conditions};
 use gogrid_api::node::Health;
 use gogrid_api::{
-    Assignment, ByteQuantity, Bytes, ConditionStatus, GpuNode, InferenceJob, LeaseTiming, Millis,
-    ResourceProfile, condition, names,
+    Assignment, ByteQuantity, Bytes, ConditionStatus, GpuNode, InferenceJob, Millis, ResourceProfile,
+    condition, names,
 };
 use gogrid_planner::liveness::Liveness;
 use gogrid_planner::{Device, Heartbeat, Node, World, WorldError};
@@ -65,7 +64,7 @@ fn not_older<K: Resource>(old: &K, new: &K) -> bool {
 }
 
 impl Store {
-    pub(crate) fn new(timing: LeaseTiming) -> Self {
+    pub(crate) fn new(liveness: Liveness) -> Self {
         Self {
             jobs: BTreeMap::new(),
             assignments: BTreeMap::new(),
@@ -74,7 +73,7 @@ impl Store {
             nodes: BTreeMap::new(),
             leases: BTreeMap::new(),
             priorities: BTreeMap::new(),
-            liveness: Liveness::new(timing, clock::mono()),
+            liveness,
             listed: BTreeSet::new(),
             gone: BTreeSet::new(),
             gone_order: VecDeque::new(),

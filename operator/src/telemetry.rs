@@ -206,6 +206,7 @@ mod tests {
     use crate::status::Draft;
     use gogrid_api::{GpuNode, GpuNodeSpec, LeaseTiming};
     use gogrid_planner::Reason;
+    use gogrid_planner::liveness::Liveness;
     use serde_json::json;
 
     fn job(name: &str) -> InferenceJob {
@@ -219,7 +220,7 @@ mod tests {
 
     #[test]
     fn the_longest_wait_counts_from_when_the_job_had_no_place_and_leaves_out_what_rests() {
-        let mut store = Store::new(LeaseTiming::default());
+        let mut store = Store::new(Liveness::new(LeaseTiming::default(), Millis(0)));
         assert_eq!(oldest_pending(&store, 1000), 0);
         store.put_job(job("new"));
         assert_eq!(oldest_pending(&store, 1000), 900);
@@ -234,7 +235,7 @@ mod tests {
 
     #[test]
     fn a_reason_that_an_agent_made_up_makes_no_new_series() {
-        let mut store = Store::new(LeaseTiming::default());
+        let mut store = Store::new(Liveness::new(LeaseTiming::default(), Millis(0)));
         let mut odd = job("odd");
         let reason = Reason::ModelRefused {
             word: "MadeUp".into(),
@@ -265,7 +266,7 @@ mod tests {
 
     #[test]
     fn a_lease_expires_once_and_only_where_this_process_saw_it_alive() {
-        let mut store = Store::new(LeaseTiming::default());
+        let mut store = Store::new(Liveness::new(LeaseTiming::default(), Millis(0)));
         let metrics = Metrics::new().unwrap();
         let mut telemetry = Telemetry::default();
         let nodes = ["seen", "never"].map(|name| {

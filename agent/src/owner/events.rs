@@ -94,7 +94,7 @@ impl Owner {
                 self.notice_fence(now);
                 self.look_again(now);
                 self.renewals.succeeded(sent);
-                self.renewed_at = Some(crate::clock::wall());
+                self.renewed_at = Some(crate::clock::wall_seconds(&*self.tools.host));
                 self.grant_now(now);
                 self.rouse_silent(now);
             }

@@ -12,6 +12,8 @@ use gogrid_agent_core::session::{Nanos, Standing, nanos};
 use gogrid_agent_core::shares::window;
 use gogrid_api::assignment::{ModelFacts, State};
 use gogrid_api::job::Failure;
+use std::sync::Arc;
+use std::time::Duration;
 
 /// A record that was sent this long ago and has not begun no longer holds the other workers of its device back.
 const STUCK_NANOS: Nanos = 10_000_000_000;
@@ -69,7 +71,8 @@ impl Owner {
             return;
         };
         let (calls, hub, name) = (self.tools.calls.clone(), self.tools.hub.clone(), name.to_owned());
-        tokio::spawn(async move {
+        let host = Arc::clone(&self.tools.host);
+        self.tools.host.spawn(Box::pin(async move {
             let read = loop {
                 match calls.input(&config_map).await {
                     Ok(Some(text)) => break Ok(text),
@@ -83,10 +86,10 @@ impl Owner {
                     }
                     Err(error) => tracing::warn!(%error, config_map, "could not read a staged input"),
                 }
-                tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+                host.sleep(Duration::from_secs(1)).await;
             };
             hub.send(Event::InputRead(name, part, read)).await;
-        });
+        }));
     }
 
     pub(super) fn input_read(

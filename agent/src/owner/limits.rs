@@ -4,7 +4,7 @@
 //! meaning beyond `effective_profile`.
 
 use super::Owner;
-use crate::clock;
+use crate::clock::wall_seconds;
 use gogrid_agent_core::plan::Phase;
 use gogrid_agent_core::protocol::{IoPriority, Readback, ToWorker, WorkerLimits};
 use gogrid_agent_core::session::{Nanos, Standing, nanos};
@@ -201,7 +201,7 @@ impl Owner {
             .collect();
         wanted.extend(jobs.into_iter().filter(|source| !node.sources.contains(source)));
         wanted.truncate(64);
-        let now = clock::wall();
+        let now = wall_seconds(&*self.tools.host);
         let old = std::mem::take(&mut self.in_force);
         self.in_force = wanted
             .into_iter()

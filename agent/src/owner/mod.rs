@@ -13,12 +13,12 @@ mod work;
 mod workers;
 
 use crate::api::Calls;
-use crate::clock;
+use crate::clock::Host;
 use crate::config::Config;
 use crate::event::{Event, Hub};
 use crate::link::Link;
 use crate::metrics::Metrics;
-use crate::models::Models;
+use crate::models::ModelSource;
 use crate::previous::Processes;
 use gogrid_agent_core::plan::{Context, Job, Order, Phase, plan};
 use gogrid_agent_core::protocol::WorkerId;
@@ -36,7 +36,7 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use work::Work;
 
 /// How often the loop comes round by itself: shares expire after four of these.
-const TICK: Duration = Duration::from_millis(250);
+const TICK_NANOS: Nanos = 250_000_000;
 /// Events taken before the next plan.
 const BATCH: usize = 256;
 /// Rounds of planning after one batch of events.
@@ -48,7 +48,7 @@ const REPORT_NANOS: Nanos = 4_000_000_000;
 
 /// Why the agent ends.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum End {
+pub enum End {
     /// It was told to, and everything is reported.
     #[error("told to end")]
     Told,
@@ -65,6 +65,8 @@ struct Pool {
 
 /// What the owner works with.
 pub(crate) struct Tools {
+    /// Clocks and tasks.
+    pub(crate) host: Arc<dyn Host>,
     /// Settings.
     pub(crate) config: Config,
     /// This session.
@@ -74,7 +76,7 @@ pub(crate) struct Tools {
     /// The API server.
     pub(crate) calls: Calls,
     /// Models.
-    pub(crate) models: Models,
+    pub(crate) models: Arc<dyn ModelSource>,
     /// Metrics.
     pub(crate) metrics: Arc<Metrics>,
     /// Record of processes, where the agent starts the pool itself.
@@ -167,17 +169,24 @@ impl Owner {
 
     /// Runs until the agent ends.
     pub(crate) async fn run(mut self, mut events: mpsc::Receiver<Event>) -> End {
-        let mut tick = tokio::time::interval(TICK);
-        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut tick = 0;
         loop {
-            let wake = self.wake.take().unwrap_or(Nanos::MAX);
+            let now = self.tools.host.boottime();
+            let wake = self.wake.take().map_or(tick, |wake| wake.min(tick));
+            let sleep = self
+                .tools
+                .host
+                .sleep(Duration::from_nanos(wake.saturating_sub(now)));
             let first = tokio::select! {
+                biased;
+                () = sleep => None,
                 event = events.recv() => event,
-                _ = tick.tick() => None,
-                () = clock::until(wake) => None,
             };
             self.tools.metrics.looped();
-            let now = clock::boottime();
+            let now = self.tools.host.boottime();
+            if now >= tick {
+                tick = now.saturating_add(TICK_NANOS);
+            }
             self.notice_fence(now);
             if let Some(event) = first {
                 self.take(event, now);
@@ -187,7 +196,7 @@ impl Owner {
                 self.take(event, now);
             }
             self.settle();
-            let now = clock::boottime();
+            let now = self.tools.host.boottime();
             self.grant(now);
             self.feed(now);
             self.settle();
@@ -214,7 +223,7 @@ impl Owner {
     /// Plans and carries out until nothing is left to do for now.
     fn settle(&mut self) {
         for _ in 0..ROUNDS {
-            let now = clock::boottime();
+            let now = self.tools.host.boottime();
             self.observe(now);
             let mut ledger = std::mem::take(&mut self.ledger);
             let steps = plan(

@@ -3,7 +3,7 @@
 //! Owns: the status as it should read and the moment it is written. Must not measure or enforce anything.
 
 use super::{Owner, workers};
-use crate::clock;
+use crate::clock::wall_seconds;
 use crate::event::Event;
 use gogrid_agent_core::plan::Phase;
 use gogrid_agent_core::protocol::Readback;
@@ -72,13 +72,13 @@ impl Owner {
             self.status.clone(),
         );
         let ensure = self.node_ensure;
-        tokio::spawn(async move {
+        self.tools.host.spawn(Box::pin(async move {
             let result = calls
                 .gpu_node_status(&status, ensure)
                 .await
                 .map_err(|e| e.to_string());
             hub.send(Event::GpuNodeWritten(Box::new(status), result)).await;
-        });
+        }));
     }
 
     fn refresh(&mut self, now: Nanos) {
@@ -138,7 +138,7 @@ impl Owner {
             reason: reason.into(),
             message: message.into(),
             observed_generation: 1,
-            last_transition_time: clock::wall(),
+            last_transition_time: wall_seconds(&*self.tools.host),
         }
     }
 

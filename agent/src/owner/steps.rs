@@ -12,6 +12,8 @@ use gogrid_agent_core::session::Nanos;
 use gogrid_api::AssignmentStatus;
 use gogrid_api::assignment::State;
 use gogrid_api::job::Failure;
+use std::sync::Arc;
+use std::time::Duration;
 
 /// Between two attempts to write what the API server did not take.
 const RETRY_NANOS: Nanos = 1_000_000_000;
@@ -107,14 +109,15 @@ impl Owner {
     fn read_term(&mut self, name: String) -> bool {
         if self.asked.insert(name.clone()) {
             let (calls, hub) = (self.tools.calls.clone(), self.tools.hub.clone());
-            tokio::spawn(async move {
+            let host = Arc::clone(&self.tools.host);
+            self.tools.host.spawn(Box::pin(async move {
                 let term = calls.leader_term().await;
                 if let Err(error) = &term {
                     tracing::warn!(%error, "could not read the leader lease");
-                    tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+                    host.sleep(Duration::from_secs(1)).await;
                 }
                 hub.send(Event::Term(name, term.ok())).await;
-            });
+            }));
         }
         false
     }
@@ -123,12 +126,12 @@ impl Owner {
         self.begin(name, now, Phase::Inspecting);
         self.set_state(name, State::Fetching);
         if let Some(work) = self.work.get(name) {
-            let (models, hub) = (self.tools.models.clone(), self.tools.hub.clone());
+            let (models, hub) = (Arc::clone(&self.tools.models), self.tools.hub.clone());
             let (order, name) = (work.spec.model.clone(), name.to_owned());
-            tokio::spawn(async move {
-                let facts = models.inspect(&order).await;
+            self.tools.host.spawn(Box::pin(async move {
+                let facts = models.inspect(order).await;
                 hub.send(Event::Inspected(name, facts)).await;
-            });
+            }));
         }
         true
     }
@@ -145,12 +148,12 @@ impl Owner {
         self.enter(name, Phase::Fetching, now);
         self.set_state(name, State::Fetching);
         if let Some(work) = self.work.get(name) {
-            let (models, hub) = (self.tools.models.clone(), self.tools.hub.clone());
+            let (models, hub) = (Arc::clone(&self.tools.models), self.tools.hub.clone());
             let (order, name) = (work.spec.model.clone(), name.to_owned());
-            tokio::spawn(async move {
-                let model = models.obtain(&order).await;
+            self.tools.host.spawn(Box::pin(async move {
+                let model = models.obtain(order).await;
                 hub.send(Event::Obtained(name, model)).await;
-            });
+            }));
         }
         true
     }
@@ -265,33 +268,35 @@ impl Owner {
             return false;
         };
         job.saving = true;
+        let host = Arc::clone(&self.tools.host);
         let (calls, hub, target) = (
             self.tools.calls.clone(),
             self.tools.hub.clone(),
             work.target.clone(),
         );
-        tokio::spawn(async move {
+        self.tools.host.spawn(Box::pin(async move {
             let written = calls.chunk(&target, number, chunk).await;
             if written.is_err() {
-                tokio::time::sleep(std::time::Duration::from_nanos(RETRY_NANOS)).await;
+                host.sleep(Duration::from_nanos(RETRY_NANOS)).await;
             }
             hub.send(Event::Saved(target.name, written)).await;
-        });
+        }));
         true
     }
 
     fn confirm(&mut self, name: String) -> bool {
         if self.asked.insert(format!("confirm/{name}")) {
             let (calls, hub) = (self.tools.calls.clone(), self.tools.hub.clone());
-            tokio::spawn(async move {
+            let host = Arc::clone(&self.tools.host);
+            self.tools.host.spawn(Box::pin(async move {
                 loop {
                     match calls.assignment(&name).await {
                         Ok(found) => return hub.send(Event::Confirmed(name, found.map(Box::new))).await,
                         Err(error) => tracing::warn!(%error, assignment = name, "could not look it up"),
                     }
-                    tokio::time::sleep(std::time::Duration::from_nanos(RETRY_NANOS)).await;
+                    host.sleep(Duration::from_nanos(RETRY_NANOS)).await;
                 }
-            });
+            }));
         }
         false
     }
@@ -315,7 +320,7 @@ impl Owner {
 
     fn report_end(&mut self, name: &str, ending: Ending) {
         self.set_state(name, ending.state());
-        let now = crate::clock::boottime();
+        let now = self.tools.host.boottime();
         let Some(work) = self.work.get_mut(name) else {
             return;
         };
@@ -374,10 +379,10 @@ impl Owner {
             self.tools.hub.clone(),
             work.target.clone(),
         );
-        tokio::spawn(async move {
+        self.tools.host.spawn(Box::pin(async move {
             let written = calls.status(&target, &status).await;
             hub.send(Event::StatusWritten(target.name, written)).await;
-        });
+        }));
     }
 
     pub(super) fn status_written(&mut self, name: &str, written: Result<String, WriteFailure>, now: Nanos) {
