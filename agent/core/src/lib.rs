@@ -1,9 +1,10 @@
 //! Pure decisions of the agent and its workers.
 //!
-//! Owns: the worker protocol, the throttle, the VRAM ledger, session and fencing, and what to do next with each
-//! assignment. Must not: read a clock, environment or file, spawn anything, or know kube, tokio or candle. Time comes
-//! in as nanoseconds of CLOCK_BOOTTIME.
+//! Owns: the worker protocol, the throttle, the VRAM ledger and its watchdog, the adaptive law, session and fencing, and
+//! what to do next with each assignment. Must not: read a clock, environment or file, spawn anything, or know kube,
+//! tokio or candle. Time comes in as nanoseconds of CLOCK_BOOTTIME.
 
+pub mod adaptive;
 pub mod feed;
 pub mod plan;
 pub mod protocol;
@@ -13,3 +14,4 @@ pub mod session;
 pub mod shares;
 pub mod throttle;
 pub mod vram;
+pub mod watchdog;

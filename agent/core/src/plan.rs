@@ -80,6 +80,8 @@ pub struct Job {
     pub stopping: Option<Stopping>,
     /// Set once the job has failed.
     pub failure: Option<Failure>,
+    /// Set once the node wants it gone by no fault of the order: why, and when its worker is killed at the latest.
+    pub eviction: Option<(Failure, Nanos)>,
     /// All records are answered.
     pub exhausted: bool,
     /// Answers are not durable yet.
@@ -103,6 +105,7 @@ impl Job {
             killed: false,
             stopping: None,
             failure: None,
+            eviction: None,
             exhausted: false,
             unsaved: false,
             saving: false,
@@ -136,6 +139,8 @@ pub enum Ending {
     Succeeded,
     /// Told to.
     Stopped,
+    /// Handed back because the node wanted it gone.
+    Evicted(Failure),
     /// By a failure.
     Failed(Failure),
 }
@@ -145,7 +150,7 @@ impl Ending {
     pub fn state(&self) -> State {
         match self {
             Ending::Succeeded => State::Succeeded,
-            Ending::Stopped => State::Stopped,
+            Ending::Stopped | Ending::Evicted(_) => State::Stopped,
             Ending::Failed(_) => State::Failed,
         }
     }
@@ -170,6 +175,8 @@ pub enum Step {
     Load(String),
     /// Begin to stop: the worker drains if it runs, until the deadline.
     Stop(String, Nanos),
+    /// It can't go on: keep the failure, so that the next plan ends it.
+    Fail(String, Failure),
     /// Kill its worker.
     Kill(String),
     /// Make unsaved answers durable.
@@ -210,9 +217,29 @@ pub fn plan(
         } else {
             advance(context, name, job, order)
         };
-        steps.extend(step);
+        steps.extend(match step {
+            Some(Step::Load(name)) => begin_load(name, order, ledger),
+            other => other,
+        });
     }
     steps
+}
+
+/// Looks at the device once more before anything is put on it: others may have grown since the claim.
+fn begin_load(name: String, order: Option<&Order>, ledger: &mut Ledger) -> Option<Step> {
+    let device = &order?.assignment.spec.stages.first()?.gpu_uuid;
+    match ledger.load(device, &name) {
+        Ok(()) => Some(Step::Load(name)),
+        Err(Shortage::Leaving { .. }) => None,
+        Err(shortage) => {
+            let failure = Failure {
+                reason: "InsufficientVRAM".to_owned(),
+                message: shortage.to_string(),
+                retryable: true,
+            };
+            Some(Step::Fail(name, failure))
+        }
+    }
 }
 
 fn consider(context: &Context<'_>, name: &str, order: &Order, ledger: &mut Ledger) -> Option<Step> {
@@ -277,9 +304,14 @@ fn consider(context: &Context<'_>, name: &str, order: &Order, ledger: &mut Ledge
     };
     match ledger.reserve(&stage.gpu_uuid, &name, bytes) {
         Ok(()) => Some(Step::Claim(name)),
-        Err(Shortage::Held(_)) => None,
-        Err(shortage @ Shortage::NoDevice(_)) => refuse("NoSuchDevice", shortage.to_string(), true),
-        Err(shortage @ Shortage::TooLittle { .. }) => refuse("InsufficientVRAM", shortage.to_string(), true),
+        // What ended workers held comes back in a moment: the order waits.
+        Err(Shortage::Held(_) | Shortage::Leaving { .. }) => None,
+        Err(shortage @ (Shortage::NoDevice(_) | Shortage::NotHeld(_))) => {
+            refuse("NoSuchDevice", shortage.to_string(), true)
+        }
+        Err(shortage @ (Shortage::TooLittle { .. } | Shortage::NotClean { .. })) => {
+            refuse("InsufficientVRAM", shortage.to_string(), true)
+        }
     }
 }
 
@@ -318,13 +350,13 @@ fn advance(context: &Context<'_>, name: &str, job: &Job, order: Option<&Order>) 
         if context.standing == Standing::Expired && job.worker.is_some() {
             return Some(Step::Stop(name, now));
         }
-        let deadline = match (grace, context.shutdown) {
-            (Some(grace), Some(end)) => Some(end.min(now.saturating_add(grace))),
-            (Some(grace), None) => Some(now.saturating_add(grace)),
-            (None, Some(end)) => Some(end),
-            (None, None) => deleted.then_some(now),
-        };
-        return match deadline {
+        let causes = [
+            grace.map(|grace| now.saturating_add(grace)),
+            context.shutdown,
+            job.eviction.as_ref().map(|(_, deadline)| *deadline),
+        ];
+        let deadline = causes.into_iter().flatten().min();
+        return match deadline.or(deleted.then_some(now)) {
             Some(deadline) => Some(Step::Stop(name, deadline)),
             None => run(context, name, job),
         };
@@ -336,9 +368,13 @@ fn advance(context: &Context<'_>, name: &str, job: &Job, order: Option<&Order>) 
     // A fenced worker can't drain: it stands still.
     let draining = job.phase == Phase::Draining && !job.exhausted && !job.fenced && job.worker.is_some();
     if draining && now < deadline {
-        None
-    } else {
-        end(name, Ending::Stopped)
+        return None;
+    }
+    // Who was asked for by the operator is told so, whatever the node wanted.
+    let asked = order.is_none_or(|o| o.assignment.spec.stop.is_some());
+    match &job.eviction {
+        Some((why, _)) if !asked => end(name, Ending::Evicted(why.clone())),
+        Some(_) | None => end(name, Ending::Stopped),
     }
 }
 
@@ -380,6 +416,7 @@ fn run(context: &Context<'_>, name: String, job: &Job) -> Option<Step> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vram::{Own, Reading};
     use gogrid_api::AssignmentSpec;
     use serde_json::json;
 
@@ -412,7 +449,15 @@ mod tests {
 
     fn ledger() -> Ledger {
         let mut ledger = Ledger::default();
-        ledger.set_device("cpu", Bytes(150), Bytes(0), Bytes(0));
+        let reading = Reading {
+            at: 0,
+            total: Bytes(150),
+            reserved: Bytes(0),
+            used: Bytes(0),
+            own: Some(Own::default()),
+            free_at_exit: true,
+        };
+        ledger.observe("cpu", reading);
         ledger.set_cap("cpu", Bytes(150));
         ledger
     }
@@ -430,12 +475,14 @@ mod tests {
 
     fn next(context: &Context<'_>, extra: &serde_json::Value, job: &Job) -> Option<Step> {
         let orders = BTreeMap::from([("a".to_owned(), order(extra))]);
+        let mut ledger = ledger();
+        ledger.reserve("cpu", "a", Bytes(100)).unwrap();
         plan(
             context,
             &orders,
             true,
             &BTreeMap::from([("a".into(), job.clone())]),
-            &mut ledger(),
+            &mut ledger,
         )
         .pop()
     }
@@ -675,6 +722,119 @@ mod tests {
             next(&ending, &json!({}), &running(Some(1))),
             Some(Step::Stop("a".into(), 500))
         );
+    }
+
+    fn evicted(phase: Phase, worker: Option<u64>) -> Job {
+        let why = Failure {
+            reason: "VRAMExceeded".into(),
+            message: "too much".into(),
+            retryable: true,
+        };
+        Job {
+            phase,
+            eviction: Some((why, 500)),
+            ..running(worker)
+        }
+    }
+
+    #[test]
+    fn an_evicted_job_drains_until_its_deadline_and_is_handed_back_with_the_reason() {
+        let mut job = evicted(Phase::Running, Some(1));
+        assert_eq!(next(&HELD, &json!({}), &job), Some(Step::Stop("a".into(), 500)));
+        job.stopping = Some(Stopping { deadline: 500 });
+        job.phase = Phase::Draining;
+        assert_eq!(next(&HELD, &json!({}), &job), None);
+        let late = Context { now: 500, ..HELD };
+        assert_eq!(next(&late, &json!({}), &job), Some(Step::Kill("a".into())));
+        job.worker = None;
+        let (why, _) = job.eviction.clone().unwrap();
+        let ending = Ending::Evicted(why);
+        assert_eq!(ending.state(), State::Stopped);
+        assert_eq!(
+            next(&HELD, &json!({}), &job),
+            Some(Step::Finish("a".into(), ending))
+        );
+        let stop = json!({"stop": {"reason": "Suspended", "graceSeconds": 1}});
+        assert_eq!(
+            next(&HELD, &stop, &job),
+            Some(Step::Finish("a".into(), Ending::Stopped))
+        );
+    }
+
+    #[test]
+    fn the_earliest_of_all_reasons_to_stop_is_the_deadline() {
+        let stop = json!({"stop": {"reason": "Suspended", "graceSeconds": 1}});
+        let job = evicted(Phase::Running, Some(1));
+        assert_eq!(next(&HELD, &stop, &job), Some(Step::Stop("a".into(), 500)));
+        let ending = Context {
+            shutdown: Some(400),
+            ..HELD
+        };
+        assert_eq!(next(&ending, &stop, &job), Some(Step::Stop("a".into(), 400)));
+    }
+
+    #[test]
+    fn a_device_that_others_have_filled_since_the_claim_is_not_loaded() {
+        let orders = BTreeMap::from([("a".to_owned(), order(&json!({})))]);
+        let job = Job {
+            phase: Phase::Connected,
+            ..running(Some(1))
+        };
+        let jobs = BTreeMap::from([("a".to_owned(), job)]);
+        let mut ledger = ledger();
+        ledger.reserve("cpu", "a", Bytes(100)).unwrap();
+        let full = Reading {
+            at: 1,
+            total: Bytes(150),
+            reserved: Bytes(0),
+            used: Bytes(51),
+            own: Some(Own::default()),
+            free_at_exit: true,
+        };
+        ledger.observe("cpu", full);
+        match plan(&HELD, &orders, true, &jobs, &mut ledger).as_slice() {
+            [Step::Fail(name, failure)] => {
+                assert_eq!(
+                    (name.as_str(), failure.reason.as_str()),
+                    ("a", "InsufficientVRAM")
+                );
+                assert!(failure.message.contains("51"), "{}", failure.message);
+            }
+            other => panic!("{other:?}"),
+        }
+        ledger.observe(
+            "cpu",
+            Reading {
+                used: Bytes(50),
+                ..full
+            },
+        );
+        assert_eq!(
+            plan(&HELD, &orders, true, &jobs, &mut ledger),
+            [Step::Load("a".into())]
+        );
+    }
+
+    #[test]
+    fn an_order_waits_for_bytes_that_ended_workers_are_giving_back() {
+        let mut ledger = ledger();
+        let own = Own {
+            live: Bytes(0),
+            ended: Bytes(100),
+        };
+        ledger.observe(
+            "cpu",
+            Reading {
+                at: 1,
+                total: Bytes(150),
+                reserved: Bytes(0),
+                used: Bytes(100),
+                own: Some(own),
+                free_at_exit: false,
+            },
+        );
+        let orders = BTreeMap::from([("a".to_owned(), order(&json!({})))]);
+        assert_eq!(plan(&HELD, &orders, true, &BTreeMap::new(), &mut ledger), []);
     }
 
     #[test]
