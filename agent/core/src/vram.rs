@@ -337,17 +337,18 @@ impl Ledger {
     /// them back late as soon as it shows that.
     pub fn release(&mut self, now: Nanos, holder: &str) {
         for account in self.accounts.values_mut() {
-            match account.holdings.get_mut(holder) {
-                Some(holding) if holding.stage != Stage::Promised && !account.free_at_exit => {
-                    // A second release does not begin the wait anew.
-                    if !matches!(holding.stage, Stage::Leaving(_)) {
-                        holding.stage = Stage::Leaving(now);
-                    }
+            let Some(holding) = account.holdings.get_mut(holder) else {
+                continue;
+            };
+            match holding.stage {
+                // A second release does not begin the wait anew.
+                Stage::Leaving(_) => {}
+                Stage::Loading | Stage::Loaded if !account.free_at_exit => {
+                    holding.stage = Stage::Leaving(now);
                 }
-                Some(_) => {
+                Stage::Promised | Stage::Loading | Stage::Loaded => {
                     account.holdings.remove(holder);
                 }
-                None => {}
             }
         }
     }

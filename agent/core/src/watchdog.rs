@@ -164,7 +164,7 @@ mod tests {
             (7, Rung::StopAdmitting),
             (11, Rung::Shed),
         ];
-        assert_eq!(climb(|at| at < 3 || at > 5, 13), again);
+        assert_eq!(climb(|at| !(3..=5).contains(&at), 13), again);
     }
 
     #[test]

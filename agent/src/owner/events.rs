@@ -75,7 +75,7 @@ impl Owner {
             Event::Models(models) => self.models = Some(models),
             Event::Devices(Backend::Cpu, devices) => {
                 self.cpu = devices;
-                self.measured();
+                self.measured(now);
             }
             Event::Devices(Backend::Cuda | Backend::Metal, devices) => self.cuda = Some(devices),
             Event::Shutdown => {

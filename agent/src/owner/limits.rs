@@ -9,6 +9,7 @@ use gogrid_agent_core::plan::Phase;
 use gogrid_agent_core::protocol::{IoPriority, Readback, ToWorker, WorkerLimits};
 use gogrid_agent_core::session::{Nanos, Standing, nanos};
 use gogrid_agent_core::shares::{Claim, batch_each, divide, permille};
+use gogrid_agent_core::vram::{Own, Reading};
 use gogrid_api::effective::{EffectiveProfile, EffectiveProfileError, Limits};
 use gogrid_api::job::Failure;
 use gogrid_api::names::CPU_DEVICE;
@@ -71,16 +72,22 @@ impl Owner {
     }
 
     /// Devices were measured: totals, foreign use and caps follow.
-    pub(super) fn measured(&mut self) {
+    pub(super) fn measured(&mut self, now: Nanos) {
         for device in &self.cpu {
             let of = |quantity: &gogrid_api::ByteQuantity| quantity.bytes().unwrap_or_default();
-            let (total, reserved) = (of(&device.memory_total), of(&device.memory_reserved));
-            let foreign = Bytes(
-                of(&device.memory_foreign)
-                    .0
-                    .saturating_sub(self.used_by_workers(&device.uuid).0),
-            );
-            self.ledger.set_device(&device.uuid, total, reserved, foreign);
+            let own = Own {
+                live: self.used_by_workers(&device.uuid),
+                ended: Bytes(0),
+            };
+            let reading = Reading {
+                at: now,
+                total: of(&device.memory_total),
+                reserved: of(&device.memory_reserved),
+                used: of(&device.memory_foreign),
+                own: Some(own),
+                free_at_exit: true,
+            };
+            self.ledger.observe(&device.uuid, reading);
         }
         self.set_caps();
         self.push_limits();

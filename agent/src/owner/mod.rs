@@ -214,7 +214,8 @@ impl Owner {
             now,
             session: &self.tools.session,
             standing: self.renewals.standing(now),
-            pool: self.pool.is_some(),
+            // Beside workers of an old session nothing starts: their bytes are not ours to give yet.
+            pool: self.pool.is_some() && self.strangers.is_empty(),
             ready: self.profiles.is_some() && self.labels.is_some() && !self.cpu.is_empty(),
             shutdown: self.shutdown,
         }
@@ -226,6 +227,9 @@ impl Owner {
             let now = self.tools.host.boottime();
             self.observe(now);
             let mut ledger = std::mem::take(&mut self.ledger);
+            ledger.keep_only(now, |name| {
+                self.jobs.get(name).is_some_and(|job| job.phase != Phase::Over)
+            });
             let steps = plan(
                 &self.context(now),
                 &self.orders,

@@ -34,18 +34,27 @@ impl Owner {
             Step::Spawn(name) => self.spawn(&name, now),
             Step::Load(name) => self.load(&name, now),
             Step::Stop(name, deadline) => self.stop(&name, deadline, now),
+            Step::Fail(name, failure) => {
+                let Failure {
+                    reason,
+                    message,
+                    retryable,
+                } = failure;
+                self.fail(&name, &reason, &message, retryable);
+                true
+            }
             Step::Kill(name) => self.kill(&name),
             Step::Save(name) => self.save(&name),
             Step::Confirm(name) => self.confirm(name),
             Step::Continue(name) => self.wake_worker(&name, now),
             Step::Finish(name, ending) => {
-                self.close(&name);
+                self.close(&name, now);
                 self.enter(&name, Phase::Over, now);
                 self.report_end(&name, ending);
                 true
             }
             Step::Forget(name) => {
-                self.close(&name);
+                self.close(&name, now);
                 self.jobs.remove(&name);
                 self.work.remove(&name);
                 true
@@ -54,13 +63,13 @@ impl Owner {
     }
 
     /// Gives a job's belongings back: link, model, bytes.
-    fn close(&mut self, name: &str) {
+    fn close(&mut self, name: &str, now: Nanos) {
         if let Some(work) = self.work.get_mut(name) {
             work.link = None;
             work.model = None;
             work.share = 0;
         }
-        self.ledger.release(name);
+        self.ledger.release(now, name);
         self.push_limits();
     }
 
@@ -327,7 +336,7 @@ impl Owner {
         let reason = match &ending {
             Ending::Succeeded => "Succeeded",
             Ending::Stopped => "Stopped",
-            Ending::Failed(failure) => failure.reason.as_str(),
+            Ending::Evicted(failure) | Ending::Failed(failure) => failure.reason.as_str(),
         };
         tracing::info!(assignment = name, reason, "over");
         let result = match &ending {
@@ -337,7 +346,7 @@ impl Owner {
         };
         self.tools.metrics.ends.with_label_values(&[result]).inc();
         workers::fill_status(work, now);
-        if let Ending::Failed(failure) = ending {
+        if let Ending::Evicted(failure) | Ending::Failed(failure) = ending {
             work.status.failure = Some(failure);
         }
     }
