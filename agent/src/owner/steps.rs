@@ -341,7 +341,7 @@ impl Owner {
         tracing::info!(assignment = name, reason, "over");
         let result = match &ending {
             Ending::Succeeded => "Succeeded",
-            Ending::Stopped => "Stopped",
+            Ending::Stopped | Ending::Evicted(_) => "Stopped",
             Ending::Failed(_) => "Failed",
         };
         self.tools.metrics.ends.with_label_values(&[result]).inc();
