@@ -10,8 +10,8 @@ use std::collections::BTreeMap;
 /// Architectures the engine has code for.
 pub const ENGINE_ARCHITECTURES: &[&str] = &["llama"];
 
-/// Tensor types the engine's CPU kernels multiply: exactly those candle 0.11.1 loads and has a `vec_dot` for. It refuses
-/// every `IQ*`, `TQ*`, `MXFP4` and integer type ("unknown dtype").
+/// Tensor types the engine's CPU kernels multiply: those candle 0.11.1 loads and has a `vec_dot` for, but
+/// for Q8_1, which is for activations. It refuses every `IQ*`, `TQ*`, `MXFP4` and integer type ("unknown dtype").
 pub const ENGINE_TENSOR_TYPES: &[TensorType] = &[
     TensorType::F32,
     TensorType::F16,
@@ -21,7 +21,6 @@ pub const ENGINE_TENSOR_TYPES: &[TensorType] = &[
     TensorType::Q5_0,
     TensorType::Q5_1,
     TensorType::Q8_0,
-    TensorType::Q8_1,
     TensorType::Q2K,
     TensorType::Q3K,
     TensorType::Q4K,

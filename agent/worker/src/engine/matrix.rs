@@ -280,3 +280,20 @@ fn quantized(kind: TensorType) -> Option<GgmlDType> {
         _ => return None,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_tensor_type_that_a_job_may_bring_has_a_kernel() {
+        let plain = [TensorType::F32, TensorType::F16, TensorType::Bf16];
+        for kind in gogrid_gguf::ENGINE_TENSOR_TYPES {
+            assert!(
+                plain.contains(kind) || quantized(*kind).is_some(),
+                "{}",
+                kind.name()
+            );
+        }
+    }
+}
