@@ -152,7 +152,7 @@ impl Calls {
         number: u32,
         chunk: Chunk,
     ) -> Result<String, WriteFailure> {
-        let name = result_chunk(&target.name, number);
+        let name = result_chunk(&target.name, &self.node, number);
         let label = |key: &str, value: &str| (key.to_owned(), value.to_owned());
         let mut map = ConfigMap {
             metadata: ObjectMeta {

@@ -52,9 +52,10 @@ pub fn input_chunk(job_uid: &str, n: usize) -> String {
     format!("input-{job_uid}-{n}")
 }
 
-/// Name of the n-th result chunk of an assignment.
-pub fn result_chunk(assignment: &str, n: u32) -> String {
-    format!("result-{assignment}-{n}")
+/// Name of the n-th result chunk of an assignment, with the node that writes it, so that no other node's agent can take
+/// the name (admission compares it with the writer's token).
+pub fn result_chunk(assignment: &str, node: &str, n: u32) -> String {
+    format!("result-{assignment}.{node}-{n}")
 }
 
 /// `namespace/name` of a job, for logs and events.

@@ -142,7 +142,7 @@ async fn collect(
             .map_or(0, |c| c.chunks);
         let mut chunks = vec![];
         for n in 0..u32::try_from(count).unwrap_or(0) {
-            let name = names::result_chunk(&run.name_any(), n);
+            let name = names::result_chunk(&run.name_any(), &run.spec.node_name, n);
             let map = api.get_opt(&name).await?;
             let text = map
                 .filter(|m| written_by(m, run))

@@ -43,7 +43,7 @@ pub(crate) fn chunk_path(node: &str) -> String {
     format!(
         "{}/{}",
         config_maps(),
-        names::result_chunk(&assignment_name(node), 0)
+        names::result_chunk(&assignment_name(node), node, 0)
     )
 }
 
@@ -98,7 +98,7 @@ pub(crate) async fn chunk(world: &World, node: &str, n: u32) -> Value {
         "ConfigMap",
         json!({
             "metadata": {
-                "name": names::result_chunk(&assignment, n),
+                "name": names::result_chunk(&assignment, node, n),
                 "labels": {names::NODE_LABEL: node, names::ASSIGNMENT_LABEL: assignment, names::ROLE_LABEL: "result"},
                 "ownerReferences": [{"apiVersion": "gogrid.dev/v1alpha1", "kind": "Assignment", "name": assignment, "uid": uid}],
             },
@@ -191,8 +191,16 @@ pub(crate) async fn disguises(world: &World, own: &str, other: &str) -> Vec<Atte
         create(of_a_map, "owner of another kind"),
         create(of_two, "two owners"),
         create(
-            renamed(names::result_chunk(&assignment_name(other), 7)),
+            renamed(names::result_chunk(&assignment_name(other), own, 7)),
             "named after another's assignment",
+        ),
+        create(
+            renamed(names::result_chunk(&assignment_name(own), other, 7)),
+            "named as another node's chunk",
+        ),
+        create(
+            renamed(names::result_chunk(&assignment_name(own), own, 7) + "-0"),
+            "named as the chunk of a node whose name begins like this one's",
         ),
         create(
             renamed("input-of-another-job-0".into()),
