@@ -8,13 +8,13 @@ CACHE := $(or $(GOGRID_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/gogrid)
 # Outside the clone, so that a fresh clone builds only what differs.
 export CARGO_TARGET_DIR ?= $(CACHE)/target
 # Fault injection is compiled into test builds only.
-FEATURES := gogrid-operator/faults,gogrid-agent/faults
+FEATURES := gogrid-operator/faults,gogrid-agent/faults,gogrid-worker/faults
 CARGO_DENY := $(CACHE)/tools/bin/cargo-deny
 CARGO_DENY_VERSION := 0.20.2
 
 say = @printf '\n== [%(%H:%M:%S)T] %s\n' -1 '$(1)'
 
-.PHONY: help demo test prepare controlplane build lint unit e2e deny clean
+.PHONY: help demo test soak prepare controlplane build lint unit e2e deny clean
 
 help: ## Say what there is.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,10 @@ demo: prepare controlplane ## The main job on this machine: control plane, opera
 
 test: prepare lint controlplane build unit e2e deny ## Everything that CI runs.
 	$(call say,all of make test has passed)
+
+soak: prepare controlplane build ## What takes real time: leases of 40 s, minutes of idling.
+	$(call say,leases of 40 s: an idle cluster and a lost node)
+	@GOGRID_TEST_LEASE_SECONDS=40 cargo test --workspace --features $(FEATURES) --no-fail-fast --test idle --test crashes -- --test-threads=1 --nocapture --skip killed_before_or_after
 
 prepare:
 	@tests/prepare.sh

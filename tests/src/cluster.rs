@@ -23,6 +23,23 @@ use crate::wait::eventually;
 
 /// GoGrid's own namespace in every test.
 pub const NAMESPACE: &str = "gogrid-system";
+/// Length of a node lease in tests, in seconds: 4 unless `GOGRID_TEST_LEASE_SECONDS` says otherwise, as `make soak` does (40).
+///
+/// Every other time of GoGrid is in a fixed ratio to it; waits of tests that follow from one are given in leases.
+pub fn lease_seconds() -> u32 {
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the one place where tests read their setting"
+    )]
+    let set = std::env::var("GOGRID_TEST_LEASE_SECONDS");
+    set.ok().and_then(|text| text.parse().ok()).unwrap_or(4)
+}
+
+/// That many tenths of a node lease.
+pub fn tenths_of_lease(tenths: u32) -> Duration {
+    Duration::from_millis(u64::from(lease_seconds()) * 100) * tenths
+}
+
 const READY_WITHIN: Duration = Duration::from_secs(60);
 
 /// What can be chosen about a cluster.
@@ -39,13 +56,13 @@ pub struct ClusterOptions {
 }
 
 impl ClusterOptions {
-    /// That many nodes `node-1`… under the `aggressive` profile, with short leases and the committed models.
+    /// That many nodes `node-1`… under the `aggressive` profile, with leases of [`lease_seconds`] and the committed models.
     pub fn quick(nodes: usize) -> Self {
         Self {
             nodes: (1..=nodes)
                 .map(|n| (format!("node-{n}"), Some("aggressive".to_owned())))
                 .collect(),
-            lease_seconds: 4,
+            lease_seconds: lease_seconds(),
             model_roots: vec![jobs::model_root()],
             agent_args: vec![],
         }

@@ -3,13 +3,10 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use gogrid_tests::cluster::{Cluster, ClusterOptions, NAMESPACE, on_runtime};
+use gogrid_tests::cluster::{Cluster, ClusterOptions, NAMESPACE, on_runtime, tenths_of_lease};
 use gogrid_tests::controlplane::{AuditEvent, ControlPlane};
 use gogrid_tests::jobs::{Questions, spec};
 use gogrid_tests::wait::eventually;
-
-/// With leases of 4 s instead of 40 s this is what three minutes are in production.
-const SPAN: Duration = Duration::from_secs(20);
 
 fn ours(events: Vec<AuditEvent>) -> Vec<AuditEvent> {
     let prefix = format!("system:serviceaccount:{NAMESPACE}:");
@@ -32,8 +29,8 @@ fn three_idle_agents_and_five_finished_jobs_cause_no_write_but_leases() -> Resul
                 .await?;
             cluster.until_finished(&job, Duration::from_secs(60)).await?;
         }
-        let quiet = Duration::from_secs(6);
-        eventually(Duration::from_secs(90), "six quiet seconds", || async {
+        let quiet = tenths_of_lease(15);
+        eventually(tenths_of_lease(225), "a quiet moment", || async {
             let from = control.now();
             tokio::time::sleep(quiet).await;
             let writes = ours(control.audit_writes(from, control.now())?);
@@ -46,12 +43,14 @@ fn three_idle_agents_and_five_finished_jobs_cause_no_write_but_leases() -> Resul
             Ok(())
         })
         .await?;
+        // With leases of 40 s these are 200 s.
+        let span = tenths_of_lease(50);
         let from = control.now();
-        tokio::time::sleep(SPAN).await;
+        tokio::time::sleep(span).await;
         let all = control.audit_writes(from, control.now())?;
         let leases = all.iter().filter(|e| e.resource == "leases").count();
         let writes = ours(all);
-        println!("{leases} lease writes and {} others in {SPAN:?}", writes.len());
+        println!("{leases} lease writes and {} others in {span:?}", writes.len());
         ensure!(leases > 0, "the audit log saw no lease: is it on?");
         ensure!(writes.is_empty(), "{writes:#?}");
         Ok(())

@@ -12,6 +12,7 @@ use candle_core::Device;
 use clap::{Parser, Subcommand};
 use gogrid_agent_core::protocol::{Finish, Sampling};
 use gogrid_agent_core::throttle::Grant;
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
@@ -38,6 +39,10 @@ enum Command {
         /// Directory into which each worker stamps the beginning and end of every step, for tests.
         #[arg(long, hide = true)]
         stamps: Option<PathBuf>,
+        /// Go wrong in this way: kernel-millis=N.
+        #[cfg(feature = "faults")]
+        #[arg(long, hide = true)]
+        fault: Option<crate::faults::Fault>,
     },
     /// Answer records for the agent; started by the pool.
     #[command(hide = true)]
@@ -51,6 +56,10 @@ enum Command {
         /// Directory for its stamps.
         #[arg(long)]
         stamps: Option<PathBuf>,
+        /// Go wrong in this way: kernel-millis=N.
+        #[cfg(feature = "faults")]
+        #[arg(long, hide = true)]
+        fault: Option<crate::faults::Fault>,
     },
     /// Show what a model is and what memory it takes.
     Inspect {
@@ -128,12 +137,30 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
             socket,
             die_with_parent,
             stamps,
-        } => pool::serve(socket, *die_with_parent, stamps.as_deref()).context("serving the agent"),
+            #[cfg(feature = "faults")]
+            fault,
+        } => {
+            let mut flags: Vec<OsString> = vec![];
+            if let Some(directory) = stamps {
+                flags.extend(["--stamps".into(), directory.into()]);
+            }
+            #[cfg(feature = "faults")]
+            flags.extend(fault.iter().map(|fault| format!("--fault={fault}").into()));
+            pool::serve(socket, *die_with_parent, flags).context("serving the agent")
+        }
         Command::Worker {
             socket,
             worker,
             stamps,
-        } => return worker::run(socket, *worker, stamps.as_deref()),
+            #[cfg(feature = "faults")]
+            fault,
+        } => {
+            let session = worker::Options {
+                #[cfg(feature = "faults")]
+                fault: *fault,
+            };
+            return worker::run(socket, *worker, stamps.as_deref(), session);
+        }
         Command::Inspect {
             file,
             json,

@@ -6,6 +6,8 @@
 mod cli;
 mod clock;
 mod engine;
+#[cfg(feature = "faults")]
+mod faults;
 mod limits;
 mod num;
 mod permit;

@@ -10,6 +10,7 @@ use gogrid_agent_core::protocol::{FromPool, Role, ToPool, WorkerId, WorkerLimits
 use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process, pidfd_open, waitid};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -38,15 +39,15 @@ enum Event {
 const FIRST_PAUSE: u64 = 100_000_000;
 const LONGEST_PAUSE: u64 = 5_000_000_000;
 
-/// Serves agents one after the other, for ever.
-pub(crate) fn serve(socket: &Path, die_with_parent: bool, stamps: Option<&Path>) -> io::Result<()> {
+/// Serves agents one after the other, for ever. Every worker gets `flags` besides its own.
+pub(crate) fn serve(socket: &Path, die_with_parent: bool, flags: Vec<OsString>) -> io::Result<()> {
     if die_with_parent {
         rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
     }
     let (events, inbox) = mpsc::channel();
     let mut pool = Pool {
         socket: socket.to_owned(),
-        stamps: stamps.map(Path::to_owned),
+        flags,
         workers: BTreeMap::new(),
         events,
     };
@@ -70,7 +71,7 @@ pub(crate) fn serve(socket: &Path, die_with_parent: bool, stamps: Option<&Path>)
 
 struct Pool {
     socket: PathBuf,
-    stamps: Option<PathBuf>,
+    flags: Vec<OsString>,
     workers: BTreeMap<WorkerId, Child>,
     events: mpsc::Sender<Event>,
 }
@@ -170,14 +171,12 @@ impl Pool {
             .arg(&self.socket)
             .arg("--worker")
             .arg(worker.to_string())
+            .args(&self.flags)
             .env_clear()
             .current_dir("/")
             .process_group(0)
             .stdin(Stdio::piped())
             .stdout(Stdio::null());
-        if let Some(stamps) = &self.stamps {
-            command.arg("--stamps").arg(stamps);
-        }
         sys::tie_to_this_thread(&mut command);
         let mut child = command.spawn()?;
         let pid = child.id();

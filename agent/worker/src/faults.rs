@@ -1,0 +1,42 @@
+//! Faults for tests: a worker whose device computes for very long without a look at anything.
+//!
+//! Owns: the flag and the spinning. Built only with the `faults` feature; must not touch grants or messages.
+
+use crate::clock;
+use std::str::FromStr;
+
+/// What goes wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// Every step of the batch computes this many milliseconds longer, as one kernel would.
+    KernelMillis(u64),
+}
+
+impl FromStr for Fault {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        text.strip_prefix("kernel-millis=")
+            .and_then(|n| n.parse().ok())
+            .map(Self::KernelMillis)
+            .ok_or_else(|| format!("{text:?} must be kernel-millis=N"))
+    }
+}
+
+impl std::fmt::Display for Fault {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self::KernelMillis(n) = self;
+        write!(f, "kernel-millis={n}")
+    }
+}
+
+impl Fault {
+    /// Computes for as long as a slow kernel would; the caller holds a permit.
+    pub(crate) fn strike(self) {
+        let Self::KernelMillis(millis) = self;
+        let until = clock::boottime().saturating_add(millis.saturating_mul(1_000_000));
+        while clock::boottime() < until {
+            std::hint::spin_loop();
+        }
+    }
+}
