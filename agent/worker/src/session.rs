@@ -12,7 +12,6 @@ use crate::records::{self, Input, Record};
 use crate::resident::{Pace, PromptError, Resident, Source};
 use crate::stamps::Stamps;
 use crate::wire::{Receiver, Sender, WireError};
-use crate::worker::Options;
 use crate::{clock, limits};
 use gogrid_agent_core::protocol::{
     FromWorker, MAX_ANSWER_BYTES, Outcome, RecordResult, Sampling, ToWorker, Usage, WorkerLimits,
@@ -91,7 +90,6 @@ struct Begun {
 pub(crate) struct Session {
     sender: Sender,
     stamps: Option<Stamps>,
-    options: Options,
     limits: WorkerLimits,
     keeper: Keeper<Resident>,
     gate: RequestGate,
@@ -121,18 +119,11 @@ enum Next {
 }
 
 impl Session {
-    pub(crate) fn new(
-        sender: Sender,
-        limits: WorkerLimits,
-        threads: usize,
-        stamps: Option<Stamps>,
-        options: Options,
-    ) -> Self {
+    pub(crate) fn new(sender: Sender, limits: WorkerLimits, threads: usize, stamps: Option<Stamps>) -> Self {
         let keeper = Keeper::new(candle_core::Device::Cpu, Resident::Empty, threads);
         Self {
             sender,
             stamps,
-            options,
             gate: RequestGate::new(limits.request_interval),
             limits,
             keeper,
@@ -390,7 +381,6 @@ impl Session {
             return Ok(Next::Message);
         };
         let pace = &mut self.pace;
-        let options = self.options;
         let stamps = &mut self.stamps;
         let mut mark = || {
             if let Some(stamps) = stamps.as_mut() {
@@ -399,7 +389,6 @@ impl Session {
         };
         let mut step = |resident: &mut Resident| {
             mark();
-            options.strike();
             let events = resident.advance(batch, pace);
             mark();
             events

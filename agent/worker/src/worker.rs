@@ -21,34 +21,8 @@ const EXIT_PANIC: u8 = 70;
 /// The longest start message.
 const MAX_START: u64 = 64 << 10;
 
-/// What tests may make go wrong in a worker; nothing in a release.
-#[derive(Clone, Copy, Default)]
-pub(crate) struct Options {
-    #[cfg(feature = "faults")]
-    pub(crate) fault: Option<crate::faults::Fault>,
-}
-
-impl Options {
-    /// What goes wrong while the device computes.
-    pub(crate) fn strike(self) {
-        let Self {
-            #[cfg(feature = "faults")]
-            fault,
-        } = self;
-        #[cfg(feature = "faults")]
-        if let Some(fault) = fault {
-            fault.strike();
-        }
-    }
-}
-
 /// Runs one worker until the agent is gone or it can't go on.
-pub(crate) fn run(
-    socket: &Path,
-    worker: WorkerId,
-    stamps: Option<&Path>,
-    options: Options,
-) -> Result<ExitCode> {
+pub(crate) fn run(socket: &Path, worker: WorkerId, stamps: Option<&Path>) -> Result<ExitCode> {
     let mut text = String::new();
     std::io::stdin()
         .take(MAX_START)
@@ -83,7 +57,7 @@ pub(crate) fn run(
         .map(Stamps::open)
         .transpose()
         .context("opening the stamps")?;
-    let mut session = Session::new(sender, start.limits, threads, stamps, options);
+    let mut session = Session::new(sender, start.limits, threads, stamps);
     let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
         session.apply_limits()?;
         session.run(&inbox)
