@@ -14,7 +14,7 @@ CARGO_DENY_VERSION := 0.20.2
 
 say = @printf '\n== [%(%H:%M:%S)T] %s\n' -1 '$(1)'
 
-.PHONY: help demo test soak prepare controlplane build lint unit e2e deny clean
+.PHONY: help demo test soak prepare controlplane build lint unit e2e deny advisories clean
 
 help: ## Say what there is.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +61,9 @@ e2e:
 deny: $(CARGO_DENY)
 	$(call say,licences - bans and sources of all dependencies)
 	@$(CARGO_DENY) --all-features check bans licenses sources
+
+advisories: $(CARGO_DENY) ## Ask the advisory database about all dependencies (needs the internet).
+	@$(CARGO_DENY) --all-features check advisories
 
 $(CARGO_DENY):
 	$(call say,building cargo-deny $(CARGO_DENY_VERSION) - about 5 minutes)
