@@ -155,11 +155,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
             #[cfg(feature = "faults")]
             fault,
         } => {
-            let session = worker::Options {
-                #[cfg(feature = "faults")]
-                fault: *fault,
-            };
-            return worker::run(socket, *worker, stamps.as_deref(), session);
+            #[cfg(feature = "faults")]
+            if let Some(fault) = fault {
+                fault.set();
+            }
+            return worker::run(socket, *worker, stamps.as_deref());
         }
         Command::Inspect {
             file,

@@ -4,6 +4,7 @@
 
 use crate::clock;
 use std::str::FromStr;
+use std::sync::OnceLock;
 
 /// What goes wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,10 +31,18 @@ impl std::fmt::Display for Fault {
     }
 }
 
+static FAULT: OnceLock<Fault> = OnceLock::new();
+
 impl Fault {
-    /// Computes for as long as a slow kernel would; the caller holds a permit.
-    pub(crate) fn strike(self) {
-        let Self::KernelMillis(millis) = self;
+    /// Makes it go wrong from now on; the first one set counts.
+    pub(crate) fn set(self) {
+        FAULT.get_or_init(|| self);
+    }
+}
+
+/// Computes for as long as a slow kernel would; the caller holds a permit.
+pub(crate) fn strike() {
+    if let Some(Fault::KernelMillis(millis)) = FAULT.get() {
         let until = clock::boottime().saturating_add(millis.saturating_mul(1_000_000));
         while clock::boottime() < until {
             std::hint::spin_loop();

@@ -157,6 +157,8 @@ impl Resident {
         batch: &mut Batch,
         pace: &mut Pace,
     ) -> Result<Option<Vec<Event>>, EngineError> {
+        #[cfg(feature = "faults")]
+        crate::faults::strike();
         let engine = self.engine()?;
         let begun = clock::process_cpu();
         let mut last = begun;
