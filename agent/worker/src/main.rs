@@ -14,6 +14,7 @@ mod permit;
 mod pool;
 mod records;
 mod resident;
+mod sandbox;
 mod session;
 mod stamps;
 mod sys;

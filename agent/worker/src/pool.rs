@@ -1,11 +1,11 @@
 //! Starts, wakes, kills and reaps workers for the agent.
 //!
 //! Owns: the processes. One permanent thread spawns, because a worker's parent-death signal follows the thread that
-//! spawned it. When the agent's connection ends, every worker is killed and reaped before the next hello. Must not touch
-//! models, and decides nothing.
+//! spawned it. When the agent's connection ends, every worker is killed and reaped before the next hello. Nothing that it
+//! starts can open an internet socket. Must not touch models, and decides nothing.
 
 use crate::wire::{self, Receiver, Sender, WireError};
-use crate::{clock, sys};
+use crate::{clock, sandbox, sys};
 use gogrid_agent_core::protocol::{FromPool, Role, ToPool, WorkerId, WorkerLimits};
 use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process, pidfd_open, waitid};
 use serde::{Deserialize, Serialize};
@@ -34,25 +34,41 @@ enum Event {
     Lost(u64, WireError),
     /// A worker ended and waits to be reaped.
     Ended(WorkerId),
+    /// The process was asked to end.
+    Terminate,
 }
 
 const FIRST_PAUSE: u64 = 100_000_000;
 const LONGEST_PAUSE: u64 = 5_000_000_000;
 
-/// Serves agents one after the other, for ever. Every worker gets `flags` besides its own.
+/// Serves agents one after the other, until asked to end: then the one that is connected is served to its end, because
+/// in a pod both containers are asked at the same moment, and the agent has work to hand back. Every worker gets `flags`
+/// besides its own.
 pub(crate) fn serve(socket: &Path, die_with_parent: bool, flags: Vec<OsString>) -> io::Result<()> {
     if die_with_parent {
         rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
     }
+    sandbox::deny_internet()?;
     let (events, inbox) = mpsc::channel();
+    if !die_with_parent {
+        let events = events.clone();
+        sys::on_termination(move || {
+            let _ = events.send(Event::Terminate);
+        })?;
+    }
     let mut pool = Pool {
         socket: socket.to_owned(),
         flags,
         workers: BTreeMap::new(),
         events,
+        terminate: false,
     };
     let mut pause = FIRST_PAUSE;
     for connection in 0_u64.. {
+        pool.terminate |= inbox.try_iter().any(|event| matches!(event, Event::Terminate));
+        if pool.terminate {
+            break;
+        }
         match wire::connect(socket, Role::Pool { alive: Vec::new() }) {
             Ok((mut sender, receiver)) => {
                 pause = FIRST_PAUSE;
@@ -74,6 +90,7 @@ struct Pool {
     flags: Vec<OsString>,
     workers: BTreeMap<WorkerId, Child>,
     events: mpsc::Sender<Event>,
+    terminate: bool,
 }
 
 impl Pool {
@@ -110,6 +127,10 @@ impl Pool {
                 // Of an agent that is gone.
                 Event::Message(..) | Event::Lost(..) => None,
                 Event::Ended(worker) => self.reap(worker),
+                Event::Terminate => {
+                    self.terminate = true;
+                    None
+                }
             };
             if let Some(reply) = reply
                 && let Err(error) = sender.send(&reply)
@@ -229,6 +250,7 @@ impl Pool {
                     self.reap(worker);
                 }
                 Ok(Event::Message(..) | Event::Lost(..)) => {}
+                Ok(Event::Terminate) => self.terminate = true,
                 Err(RecvTimeoutError::Timeout) => {
                     tracing::error!(
                         workers = self.workers.len(),

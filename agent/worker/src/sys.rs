@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 
 /// A multiple of every page size of Linux.
 const LARGEST_PAGE: u64 = 64 << 10;
@@ -137,6 +137,60 @@ impl Fence {
             Err(io::Error::last_os_error())
         }
     }
+}
+
+/// The user at the other end of a socket, by the kernel's word. The safe way in rustix takes a peer of another pid
+/// namespace, whose number reads 0, for an error: in a pod the agent is one.
+pub(crate) fn peer_user(stream: &std::os::unix::net::UnixStream) -> io::Result<u32> {
+    let mut peer = libc::ucred {
+        pid: 0,
+        uid: 0,
+        gid: 0,
+    };
+    let mut length = libc::socklen_t::try_from(size_of::<libc::ucred>()).map_err(io::Error::other)?;
+    // SAFETY: `peer` is a live ucred and `length` its size; the kernel writes at most that many bytes.
+    let failed = unsafe {
+        libc::getsockopt(
+            stream.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            (&raw mut peer).cast(),
+            &raw mut length,
+        )
+    };
+    if failed == 0 {
+        Ok(peer.uid)
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// Calls `act` from a thread of its own when this process is asked to end (SIGTERM), instead of ending it.
+///
+/// Call it before the first thread starts: the signal must be blocked in all of them.
+pub(crate) fn on_termination(act: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    // SAFETY: sigset_t is plain data; sigemptyset and sigaddset initialise it before it is read.
+    let set = unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut set);
+        libc::sigaddset(&raw mut set, libc::SIGTERM);
+        set
+    };
+    // SAFETY: `set` is a live signal set, and the old mask is not asked for.
+    let failed = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) };
+    if failed != 0 {
+        return Err(io::Error::from_raw_os_error(failed));
+    }
+    std::thread::Builder::new()
+        .name("signals".into())
+        .spawn(move || {
+            let mut signal = 0;
+            // SAFETY: both point to live variables of the right types.
+            if unsafe { libc::sigwait(&raw const set, &raw mut signal) } == 0 {
+                act();
+            }
+        })
+        .map(drop)
 }
 
 const IOPRIO_WHO_PROCESS: libc::c_int = 1;

@@ -3,6 +3,7 @@
 //! Owns: connecting, checking who listens, bounded frames, and the descriptor that travels with one. Must not know what
 //! messages mean.
 
+use crate::sys;
 use gogrid_agent_core::protocol::{FrameError, Hello, PROTOCOL_VERSION, Role, body_length, decode, encode};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use serde::Serialize;
@@ -30,8 +31,7 @@ pub(crate) enum WireError {
 /// Connects to the agent and says who we are.
 pub(crate) fn connect(path: &Path, role: Role) -> Result<(Sender, Receiver), WireError> {
     let stream = UnixStream::connect(path)?;
-    let peer = rustix::net::sockopt::socket_peercred(&stream).map_err(io::Error::from)?;
-    let (found, own) = (peer.uid.as_raw(), rustix::process::getuid().as_raw());
+    let (found, own) = (sys::peer_user(&stream)?, rustix::process::getuid().as_raw());
     if found != 0 && found != own {
         return Err(WireError::WrongUser { found, own });
     }
