@@ -49,6 +49,9 @@ pub struct Flags {
     /// Memory that models on the CPU leave alone; default max(1 GiB, 10 %).
     #[arg(long)]
     cpu_memory_reserve: Option<String>,
+    /// Memory limit of the workers, where they run in another container than the agent; default the agent's own.
+    #[arg(long, env = "GOGRID_WORKERS_MEMORY_LIMIT")]
+    workers_memory_limit: Option<String>,
     /// Library to load instead of the driver's NVML.
     #[arg(long)]
     nvml_library: Option<PathBuf>,
@@ -95,6 +98,8 @@ pub struct Config {
     pub timing: LeaseTiming,
     /// Memory that models on the CPU leave alone, if said.
     pub cpu_reserve: Option<Bytes>,
+    /// Memory limit of the workers, if not the agent's own.
+    pub workers_limit: Option<Bytes>,
     /// NVML library, if not the driver's.
     pub nvml: Option<PathBuf>,
     /// Address of the metrics server.
@@ -118,9 +123,14 @@ pub enum ConfigError {
     /// The lease.
     #[error("--lease-duration-seconds: {0}")]
     Lease(#[from] gogrid_api::timing::LeaseTimingError),
-    /// The reserve.
-    #[error("--cpu-memory-reserve: {0}")]
-    Reserve(#[from] gogrid_api::quantity::QuantityError),
+    /// A number of bytes.
+    #[error("--{flag}: {error}")]
+    Bytes {
+        /// Which flag.
+        flag: &'static str,
+        /// What is wrong with it.
+        error: gogrid_api::quantity::QuantityError,
+    },
     /// The node's name.
     #[error("--node-name must be 1 to 253 characters long")]
     NodeName,
@@ -149,6 +159,7 @@ impl TryFrom<Flags> for Config {
             allow_address,
             lease_duration_seconds,
             cpu_memory_reserve,
+            workers_memory_limit,
             nvml_library,
             metrics_addr,
             log_format,
@@ -181,9 +192,8 @@ impl TryFrom<Flags> for Config {
             pool_uid,
             allow: allow_address,
             timing: LeaseTiming::from_lease(Millis(lease_duration_seconds.saturating_mul(1000)))?,
-            cpu_reserve: cpu_memory_reserve
-                .map(|text| ByteQuantity(text).bytes())
-                .transpose()?,
+            cpu_reserve: bytes("cpu-memory-reserve", cpu_memory_reserve)?,
+            workers_limit: bytes("workers-memory-limit", workers_memory_limit)?,
             nvml: nvml_library,
             metrics: metrics_addr,
             log: log_format,
@@ -195,6 +205,12 @@ impl TryFrom<Flags> for Config {
             stamps,
         })
     }
+}
+
+fn bytes(flag: &'static str, text: Option<String>) -> Result<Option<Bytes>, ConfigError> {
+    text.map(|text| ByteQuantity(text).bytes())
+        .transpose()
+        .map_err(|error| ConfigError::Bytes { flag, error })
 }
 
 #[cfg(test)]

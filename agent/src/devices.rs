@@ -19,10 +19,10 @@ const EVERY: Duration = Duration::from_secs(2);
 const DRIVER_EVERY: Duration = Duration::from_secs(15);
 const GIB: u64 = 1 << 30;
 
-/// Measures the CPU device for ever.
-pub(crate) async fn measure(reserve: Option<Bytes>, hub: Hub) {
+/// Measures the CPU device for ever. `limit` is the workers' own memory limit, where they have another than the agent.
+pub(crate) async fn measure(reserve: Option<Bytes>, limit: Option<Bytes>, hub: Hub) {
     loop {
-        match tokio::task::spawn_blocking(move || cpu(reserve)).await {
+        match tokio::task::spawn_blocking(move || cpu(reserve, limit)).await {
             Ok(device) => hub.send(Event::Devices(Backend::Cpu, vec![device])).await,
             Err(error) => tracing::error!(%error, "measuring the CPU device ended"),
         }
@@ -97,11 +97,12 @@ fn model_name() -> String {
     if name.is_empty() { "CPU".into() } else { name }
 }
 
-fn cpu(reserve: Option<Bytes>) -> Device {
+fn cpu(reserve: Option<Bytes>, limit: Option<Bytes>) -> Device {
     let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let machine = meminfo(&text, "MemTotal");
     let available = meminfo(&text, "MemAvailable");
-    let total = cgroup_limit().map_or(machine, |limit| limit.min(machine));
+    let limit = limit.map(|Bytes(limit)| limit).or_else(cgroup_limit);
+    let total = limit.map_or(machine, |limit| limit.min(machine));
     let reserved = reserve
         .map_or_else(|| GIB.max(total / 10), |Bytes(b)| b)
         .min(total);
@@ -112,7 +113,8 @@ fn cpu(reserve: Option<Bytes>) -> Device {
         memory_total: Bytes(total).into(),
         memory_reserved: Bytes(reserved).into(),
         // Raw: everything in use, ours included. The owner takes our workers' part out.
-        memory_foreign: Bytes(machine.saturating_sub(available)).into(),
+        // Memory that others use beyond a limit takes nothing from beneath it.
+        memory_foreign: Bytes(total.saturating_sub(available)).into(),
         memory_free: Bytes(available.min(total)).into(),
         compute_capability: None,
         health: Health::Healthy,

@@ -92,7 +92,11 @@ pub async fn run(config: Config, heavy: tokio::runtime::Handle) -> Result<(End, 
         spawner::start(pool, Arc::clone(processes), hub.clone()).step("the pool of workers")?;
     }
 
-    tokio::spawn(devices::measure(config.cpu_reserve, hub.clone()));
+    tokio::spawn(devices::measure(
+        config.cpu_reserve,
+        config.workers_limit,
+        hub.clone(),
+    ));
     tokio::spawn(devices::list_nvidia(config.nvml.clone(), hub.clone()));
     tokio::spawn(models.clone().scan(hub.clone()));
     signals(hub.clone()).step("signals")?;

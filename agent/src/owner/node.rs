@@ -119,7 +119,13 @@ impl Owner {
     }
 
     fn ready(&self) -> Condition {
-        let (status, reason, message) = if self.pool.is_some() {
+        let (status, reason, message) = if self.shutdown.is_some() {
+            (
+                ConditionStatus::False,
+                "Ending",
+                "the agent was told to end and hands its jobs back",
+            )
+        } else if self.pool.is_some() {
             (
                 ConditionStatus::True,
                 "AgentReady",
