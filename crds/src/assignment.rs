@@ -85,6 +85,8 @@ pub enum StopReason {
     Superseded,
     /// A more important job needs the place.
     Preempted,
+    /// The node is being drained, or tainted so that the job may not stay.
+    NodeDrained,
 }
 
 /// The order to stop.

@@ -23,6 +23,9 @@ pub const NODE_LABEL: &str = "gogrid.dev/node";
 pub const ROLE_LABEL: &str = "gogrid.dev/role";
 /// Label on Nodes that picks one of the preset profiles.
 pub const PROFILE_NODE_LABEL: &str = "gogrid.dev/profile";
+/// Annotation on a Node, of any value: its jobs are handed back and no new ones come, as `kubectl drain` does with pods. It
+/// never evicts a DaemonSet's.
+pub const DRAIN_NODE_ANNOTATION: &str = "gogrid.dev/drain";
 /// Annotation on a published result: the uid of the job it belongs to.
 pub const RESULT_JOB_UID_ANNOTATION: &str = "gogrid.dev/job-uid";
 /// Key under which results lie in a ConfigMap.

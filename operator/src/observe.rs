@@ -7,6 +7,7 @@ use crate::clock::Host;
 use crate::metrics::Metrics;
 use futures::StreamExt as _;
 use gogrid_api::job::TaintEffect;
+use gogrid_api::names::DRAIN_NODE_ANNOTATION;
 use gogrid_api::{Assignment, GpuNode, InferenceJob, ResourceProfile};
 use gogrid_planner::Taint;
 use k8s_openapi::api::coordination::v1::Lease;
@@ -29,7 +30,10 @@ pub(crate) struct NodeInfo {
     pub(crate) name: String,
     pub(crate) labels: BTreeMap<String, String>,
     pub(crate) taints: Vec<Taint>,
+    /// Whether it is cordoned or drained.
     pub(crate) unschedulable: bool,
+    /// Whether its jobs are to leave.
+    pub(crate) drained: bool,
 }
 
 /// A heartbeat Lease.
@@ -217,6 +221,10 @@ fn plain<K: Resource>(mut object: K) -> K {
 fn node_info(node: Node) -> NodeInfo {
     let name = node.name_any();
     let labels = node.metadata.labels.unwrap_or_default();
+    let drained = node
+        .metadata
+        .annotations
+        .is_some_and(|a| a.contains_key(DRAIN_NODE_ANNOTATION));
     let spec = node.spec.unwrap_or_default();
     let taints = spec.taints.unwrap_or_default().into_iter().filter_map(|t| {
         let effect = match t.effect.as_str() {
@@ -235,7 +243,8 @@ fn node_info(node: Node) -> NodeInfo {
         name,
         labels,
         taints: taints.collect(),
-        unschedulable: spec.unschedulable.unwrap_or(false),
+        unschedulable: drained || spec.unschedulable.unwrap_or(false),
+        drained,
     }
 }
 

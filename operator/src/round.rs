@@ -17,7 +17,7 @@ use gogrid_planner::lifecycle::{
     self, AGENT_RESTARTED, InputState, Publication, Refusal, RunsOn, Step, View,
 };
 use gogrid_planner::queue::{self, Waiting};
-use gogrid_planner::{Decision, Demand, Heartbeat, JobRequest, World, plan};
+use gogrid_planner::{Decision, Demand, Heartbeat, JobRequest, World, must_leave, plan};
 use kube::ResourceExt as _;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -147,10 +147,14 @@ impl<'a> Round<'a> {
             .map(|p| p.node_name.clone());
         let runs_on = placed_on.map(|node| {
             let (heartbeat, session) = self.store.heartbeat(self.now, &node);
+            let kube_node = self.store.nodes.get(&node);
+            let leave = kube_node
+                .is_some_and(|n| n.drained || must_leave(&job.spec.placement.tolerations, &n.taints));
             RunsOn {
                 node,
                 heartbeat,
                 session,
+                leave,
             }
         });
         let class = job.spec.priority_class_name.as_deref();

@@ -76,6 +76,7 @@ impl Sim {
             labels: BTreeMap::new(),
             taints: vec![],
             unschedulable: false,
+            drained: false,
         };
         self.see(Observation::Node(Change::Changed(Box::new(info))));
         let facts = json!({

@@ -16,5 +16,5 @@ mod world;
 
 pub use plan::{Decision, Planned, PlannedStage, Unplaced, plan};
 pub use reason::{NodeReason, Reason, Rejection};
-pub use request::{Demand, JobRequest, tolerates};
+pub use request::{Demand, JobRequest, must_leave, tolerates};
 pub use world::{Device, Heartbeat, Node, Taint, World, WorldError};

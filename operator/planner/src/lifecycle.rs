@@ -29,6 +29,8 @@ pub struct RunsOn {
     pub heartbeat: Heartbeat,
     /// Session that holds the Lease now; `None` while unknown.
     pub session: Option<String>,
+    /// Whether the job must leave the node although it is alive.
+    pub leave: bool,
 }
 
 /// What is known of the job's model.
@@ -272,6 +274,11 @@ pub fn next(view: &View<'_>) -> Next {
     }
     if is(conditions::SUSPENDED) {
         return Step::Resume.into();
+    }
+    if let Some(run) = live.filter(|run| run.spec.stop.is_none())
+        && view.runs_on.as_ref().is_some_and(|on| on.leave)
+    {
+        return stop(run, StopReason::NodeDrained).into();
     }
 
     let deadline = status.start_time.as_ref().zip(job.spec.active_deadline_seconds);

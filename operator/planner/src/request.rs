@@ -6,7 +6,7 @@ use crate::estimate::{self, EstimateError, Estimated};
 use crate::world::Taint;
 use gogrid_api::Bytes;
 use gogrid_api::assignment::ModelFacts;
-use gogrid_api::job::{CpuFallback, Split, Toleration, TolerationOperator};
+use gogrid_api::job::{CpuFallback, Split, TaintEffect, Toleration, TolerationOperator};
 use gogrid_api::node::Backend;
 use std::collections::BTreeMap;
 
@@ -89,4 +89,44 @@ pub fn tolerates(tolerations: &[Toleration], taint: &Taint) -> bool {
         };
         effect && key && value
     })
+}
+
+/// Taints by which Kubernetes says that it hears nothing from a node's kubelet. GoGrid has the agent's own word for that: the
+/// node's Lease. Work that goes on needs no kubelet.
+const SILENCE: [&str; 2] = ["node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable"];
+
+/// Whether a job with these tolerations may not stay on a node with these taints, though it runs there already.
+pub fn must_leave(tolerations: &[Toleration], taints: &[Taint]) -> bool {
+    taints.iter().any(|taint| {
+        taint.effect == TaintEffect::NoExecute
+            && !SILENCE.contains(&taint.key.as_str())
+            && !tolerates(tolerations, taint)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_job_leaves_for_a_taint_that_it_does_not_bear_but_not_because_a_kubelet_is_silent() {
+        let taint = |key: &str, effect| Taint {
+            key: key.into(),
+            value: String::new(),
+            effect,
+        };
+        let bears = [Toleration {
+            key: Some("repair".into()),
+            operator: TolerationOperator::Exists,
+            value: None,
+            effect: None,
+        }];
+        let repair = [taint("repair", TaintEffect::NoExecute)];
+        assert!(must_leave(&[], &repair));
+        assert!(!must_leave(&bears, &repair));
+        assert!(!must_leave(&[], &[taint("repair", TaintEffect::NoSchedule)]));
+        for silent in SILENCE {
+            assert!(!must_leave(&[], &[taint(silent, TaintEffect::NoExecute)]));
+        }
+    }
 }

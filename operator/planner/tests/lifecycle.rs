@@ -83,6 +83,7 @@ impl Case {
                 node: "a".into(),
                 heartbeat: Heartbeat::Fresh,
                 session: Some("s1".into()),
+                leave: false,
             },
             may_run: None,
             refusal: None,
@@ -162,6 +163,18 @@ fn a_new_job_is_refused_staged_inspected_and_placed_in_that_order() {
     };
     case.refusal = Some(refusal.clone());
     assert_eq!(case.step(), Step::Refuse(refusal));
+}
+
+#[test]
+fn a_job_on_a_node_that_it_must_leave_is_stopped_once_and_waits_for_another_place_uncounted() {
+    let mut case = Case::new(placed(&json!({})), vec![run(1, &json!({"state": "Running"}))]);
+    assert_eq!(case.step(), Step::Mirror);
+    case.on.leave = true;
+    assert_eq!(case.step(), stop("u-1", StopReason::NodeDrained));
+    case.runs[0].spec.stop = from_value(json!({"reason": "NodeDrained", "graceSeconds": 30})).unwrap();
+    assert_eq!(case.step(), Step::Mirror, "the order was given");
+    case.runs[0].status = from_value(json!({"state": "Stopped"})).unwrap();
+    assert!(matches!(case.step(), Step::Requeue { counted: false, .. }));
 }
 
 #[test]
