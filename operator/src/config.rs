@@ -2,7 +2,7 @@
 //!
 //! Owns: raw flags → validated configuration.
 
-use clap::{Parser, ValueEnum};
+use clap::{Args, ValueEnum};
 use gogrid_api::timing::LeaseTimingError;
 use gogrid_api::{LeaseTiming, Millis};
 use std::net::SocketAddr;
@@ -17,9 +17,8 @@ pub enum LogFormat {
     Text,
 }
 
-/// Decides where InferenceJobs run and publishes their results.
-#[derive(Debug, Parser)]
-#[command(name = "gogrid-operator", version)]
+/// The operator's flags as they are typed.
+#[derive(Debug, Args)]
 pub struct Flags {
     /// GoGrid's own namespace: assignments, staged inputs, heartbeats.
     #[arg(long, env = "GOGRID_NAMESPACE", default_value = "gogrid-system")]
@@ -125,11 +124,11 @@ impl Flags {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory as _;
 
     #[test]
     fn the_page_of_flags_is_what_this_program_takes() {
-        let page = gogrid_reference::flags_page(&Flags::command(), "operator/src/config.rs");
+        let command = Flags::augment_args(clap::Command::new("gogrid-operator"));
+        let page = gogrid_reference::flags_page(&command, "operator/src/config.rs");
         gogrid_reference::compare("docs/reference/flags-operator.md", &page);
     }
 }

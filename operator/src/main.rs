@@ -2,8 +2,10 @@
 //!
 //! Owns: wiring. What an operator does is in the library.
 
+mod trial;
+
 use anyhow::Context as _;
-use clap::Parser as _;
+use clap::{Parser, Subcommand};
 use gogrid_operator::clock::{Host, Machine};
 use gogrid_operator::config::{Config, Flags, LogFormat};
 use gogrid_operator::gate::{GateLayer, Leadership};
@@ -26,12 +28,31 @@ fn start_logs(format: LogFormat) {
     }
 }
 
+/// Decides where InferenceJobs run and publishes their results.
+#[derive(Parser)]
+#[command(name = "gogrid-operator", version, args_conflicts_with_subcommands = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    flags: Flags,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Say what is wrong with the nodes, run one real job and check its answer: what `helm test` does.
+    Trial(trial::Trial),
+}
+
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
+    let Cli { command, flags } = Cli::parse();
+    if let Some(Command::Trial(trial)) = command {
+        let client = kube::Client::try_from(client::config().await?).context("the API server")?;
+        return Ok(trial.run(client).await?);
+    }
     let unique = format!("{}-{}", std::process::id(), Machine.wall().as_microsecond());
-    let config = Flags::parse()
-        .validate(&unique)
-        .context("the flags can't be used")?;
+    let config = flags.validate(&unique).context("the flags can't be used")?;
     start_logs(config.log_format);
     run(config).await
 }

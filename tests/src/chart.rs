@@ -65,32 +65,38 @@ pub async fn rendered(values: &Value) -> Result<Arc<Vec<Value>>> {
     Ok(fresh)
 }
 
-/// `helm template` of the chart as release `name` in `namespace`.
+/// `helm template` of the chart as release `name` in `namespace`, without what `helm test` adds for a moment.
 pub async fn render_as(name: &str, namespace: &str, values: &Value) -> Result<String> {
-    template(name, namespace, values, KUBE_VERSION).await
+    template(name, namespace, values, &[KUBE_VERSION, "--skip-tests"]).await
+}
+
+/// What `helm test` adds to release `name` in `namespace`.
+pub async fn render_test(name: &str, namespace: &str, values: &Value) -> Result<String> {
+    let only = "--show-only=templates/tests/trial.yaml";
+    template(name, namespace, values, &[KUBE_VERSION, only]).await
 }
 
 /// `helm template` of the chart as it is, for a cluster of that Kubernetes version.
 pub async fn render_for(version: &str) -> Result<String> {
     let version = format!("--kube-version={version}");
-    template(RELEASE, "gogrid-system", &json!({}), &version).await
+    template(RELEASE, "gogrid-system", &json!({}), &[&version]).await
 }
 
-async fn template(name: &str, namespace: &str, values: &Value, version: &str) -> Result<String> {
+async fn template(name: &str, namespace: &str, values: &Value, more: &[&str]) -> Result<String> {
     let mut file = tempfile::NamedTempFile::new()?;
     file.write_all(values.to_string().as_bytes())?;
-    let chart = dir();
-    helm(&[
-        "template".as_ref(),
-        name.as_ref(),
-        chart.as_os_str(),
-        version.as_ref(),
-        "--namespace".as_ref(),
-        namespace.as_ref(),
-        "--values".as_ref(),
-        file.path().as_os_str(),
-    ])
-    .await
+    let (chart, file) = (dir().display().to_string(), file.path().display().to_string());
+    let fixed = [
+        "template",
+        name,
+        &chart,
+        "--namespace",
+        namespace,
+        "--values",
+        &file,
+    ];
+    let args: Vec<&std::ffi::OsStr> = fixed.iter().chain(more).map(std::ffi::OsStr::new).collect();
+    helm(&args).await
 }
 
 /// Runs helm without any cluster, reading and writing nothing of the user's home, and returns its standard output.

@@ -103,6 +103,7 @@ async fn every_object_has_its_namespace_and_none_is_a_namespace() {
         "CustomResourceDefinition",
         "ClusterRole",
         "ClusterRoleBinding",
+        "FlowSchema",
         "PriorityClass",
         "ValidatingAdmissionPolicy",
         "ValidatingAdmissionPolicyBinding",
@@ -270,6 +271,30 @@ async fn no_role_reaches_secrets_or_uses_a_wildcard() {
                 "{role}"
             );
         }
+    }
+}
+
+#[tokio::test]
+async fn helm_test_asks_for_the_model_that_the_agents_image_holds() {
+    let rendered = chart::render_test("two", "elsewhere", &maximal());
+    let documents = chart::documents(&rendered.await.unwrap()).unwrap();
+    let pod = &of_kind(&documents, "Pod")[0]["spec"];
+    let model = gogrid_testmodels::demo::Quant::Q4K;
+    let digest = gogrid_tests::jobs::sha256(&gogrid_testmodels::demo::demo_model_path(model)).unwrap();
+    let args = pod["containers"][0]["args"].to_string();
+    let uri = format!("file://{}/{}", gogrid_tests::images::MODELS, model.file_name());
+    assert!(args.contains(&digest) && args.contains(&uri), "{args}");
+    assert_eq!(pod["nodeSelector"], json!({"a": "b"}));
+    assert_eq!(pod["tolerations"], json!([{"operator": "Exists"}]));
+    assert_eq!(pod["serviceAccountName"], "two-gogrid-trial");
+    // What a test may do goes with it; its pod stays, for its log.
+    for document in &documents {
+        let policy = text(&document["metadata"]["annotations"]["helm.sh/hook-delete-policy"]);
+        assert_eq!(
+            policy.contains("hook-succeeded"),
+            document["kind"] != "Pod",
+            "{document}"
+        );
     }
 }
 

@@ -55,7 +55,9 @@ imagePullSecrets:
 {{- end }}
 {{- end -}}
 
+{{- /* The first is in the agent's image: a demo model, so that a first job needs no file on any node. */ -}}
 {{- define "gogrid.modelRootArgs" -}}
+- --model-root=/usr/share/gogrid/models
 {{- range .Values.modelRoots }}
 - --model-root={{ . }}
 {{- end }}
