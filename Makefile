@@ -14,17 +14,21 @@ CARGO_DENY_VERSION := 0.20.2
 
 say = @printf '\n== [%(%H:%M:%S)T] %s\n' -1 '$(1)'
 
-.PHONY: help demo test soak prepare controlplane build lint unit e2e deny advisories clean
+# What the operator's image holds must run without any library.
+MUSL := x86_64-unknown-linux-musl
+IMAGES ?= $(CARGO_TARGET_DIR)/images
+
+.PHONY: help demo test soak prepare controlplane nodes build lint unit e2e deny advisories clean images demo-cluster cluster-up cluster-down
 
 help: ## Say what there is.
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: prepare controlplane ## The main job on this machine: control plane, operator, agents, a job answered on the CPU.
 	$(call say,building GoGrid - first time about 10 minutes)
 	@cargo build --workspace --bins --features $(FEATURES)
 	@"$$CARGO_TARGET_DIR"/debug/demo
 
-test: prepare lint controlplane build unit e2e deny ## Everything that CI runs.
+test: prepare lint controlplane nodes build unit e2e deny ## Everything that CI runs.
 	$(call say,all of make test has passed)
 
 soak: prepare controlplane build ## What takes real time: leases of 40 s, minutes of idling.
@@ -38,6 +42,34 @@ controlplane:
 	$(call say,control plane from pinned Go modules - first time about 15 minutes)
 	@tests/controlplane/build.sh >/dev/null
 	@tests/prometheus/build.sh >/dev/null
+
+# Only root can run them; everywhere else their tests say that they are skipped.
+nodes:
+	@if [[ $$(id -u) == 0 ]]; then \
+	  printf '\n== [%(%H:%M:%S)T] kubelet, containerd, runc from pinned Go modules - first time about 5 minutes\n' -1; \
+	  tests/controlplane/build.sh nodes >/dev/null; \
+	else echo "SKIPPED: real nodes need root"; fi
+
+demo-cluster: prepare controlplane nodes ## The same on two real nodes: helm install, a job, helm test, a drain, uninstall. Needs root.
+	@cargo build --workspace --bins --features $(FEATURES)
+	@"$$CARGO_TARGET_DIR"/debug/demo-cluster
+
+cluster-up: prepare controlplane ## Two real nodes with GoGrid's images on this machine, to play with. Needs root.
+	@cargo build --workspace --bins --features $(FEATURES)
+	@"$$CARGO_TARGET_DIR"/debug/cluster up
+
+cluster-down: ## End what cluster-up started; nothing of it is left.
+	@"$$CARGO_TARGET_DIR"/debug/cluster down
+
+images: prepare ## The container images as OCI archives, without Docker: same source, same digests.
+	$(call say,operator - static)
+	@rustup target add $(MUSL) 2>/dev/null || true
+	@CC_$(subst -,_,$(MUSL))=cc cargo build --release --locked --target $(MUSL) --package gogrid-operator
+	$(call say,agent and worker)
+	@cargo build --release --locked --package gogrid-agent --package gogrid-worker
+	@cargo run --quiet --package gogrid-tests --bin images -- --out $(IMAGES) \
+	  --operator "$$CARGO_TARGET_DIR"/$(MUSL)/release/gogrid-operator \
+	  --agent "$$CARGO_TARGET_DIR"/release/gogrid-agent --worker "$$CARGO_TARGET_DIR"/release/gogrid-worker
 
 # --all-targets: one set of features for programs and tests, so that nothing is built twice.
 build:

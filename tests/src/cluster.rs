@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use gogrid_api::{InferenceJob, condition};
-use kube::api::{Api, PostParams};
+use kube::api::Api;
 use kube::{Client, ResourceExt as _};
 use serde_json::{Value, json};
 
@@ -282,14 +282,7 @@ impl Cluster {
 
     /// Creates a job from its spec.
     pub async fn create_job(&self, namespace: &str, name: &str, spec: Value) -> Result<InferenceJob> {
-        let job = serde_json::from_value(json!({
-            "apiVersion": "gogrid.dev/v1alpha1", "kind": "InferenceJob",
-            "metadata": {"name": name, "namespace": namespace}, "spec": spec,
-        }))?;
-        self.jobs(namespace)
-            .create(&PostParams::default(), &job)
-            .await
-            .with_context(|| format!("creating job {name}"))
+        jobs::create(&self.client, namespace, name, spec).await
     }
 
     /// Waits until a job's condition of that type carries that reason, and returns the job.
@@ -305,7 +298,7 @@ impl Cluster {
             let status = job.status.clone().unwrap_or_default();
             match condition::find(&status.conditions, type_) {
                 Some(found) if found.reason == reason => Ok(()),
-                _ => Err(anyhow!("conditions: {}", short(&status.conditions))),
+                _ => Err(anyhow!("conditions: {}", jobs::short(&status.conditions))),
             }
         })
         .await
@@ -313,22 +306,9 @@ impl Cluster {
 
     /// Waits until a job is Finished, either way, and returns it.
     pub async fn until_finished(&self, job: &InferenceJob, within: Duration) -> Result<InferenceJob> {
-        self.until(
-            job,
-            &format!("{} to be Finished", job.name_any()),
-            within,
-            |job| {
-                let status = job.status.clone().unwrap_or_default();
-                ensure!(
-                    condition::is_true(&status.conditions, "Finished"),
-                    "progress {:?}, conditions: {}",
-                    status.progress.map(|p| p.display),
-                    short(&status.conditions)
-                );
-                Ok(())
-            },
-        )
-        .await
+        jobs::until_finished(&self.client, job, within)
+            .await
+            .with_context(|| self.log_tails(25))
     }
 
     /// Waits until `accept` is content with the stored job, and returns it.
@@ -339,41 +319,15 @@ impl Cluster {
         within: Duration,
         accept: impl Fn(&InferenceJob) -> Result<()>,
     ) -> Result<InferenceJob> {
-        let jobs = self.jobs(&job.namespace().unwrap_or_default());
-        let name = job.name_any();
-        eventually(within, what, || async {
-            let job = jobs.get(&name).await?;
-            accept(&job).map(|()| job)
-        })
-        .await
-        .with_context(|| self.log_tails(25))
+        jobs::until(&self.client, job, what, within, accept)
+            .await
+            .with_context(|| self.log_tails(25))
     }
 
     /// The published results of a finished job, one JSON value a record.
     pub async fn results(&self, job: &InferenceJob) -> Result<Vec<Value>> {
-        let name = job
-            .spec
-            .output
-            .config_map
-            .clone()
-            .context("the job has no output ConfigMap")?;
-        let maps: Api<k8s_openapi::api::core::v1::ConfigMap> =
-            Api::namespaced(self.client.clone(), &job.namespace().unwrap_or_default());
-        let data = maps.get(&name).await?.data.unwrap_or_default();
-        let text = data
-            .get(gogrid_api::names::RESULTS_KEY)
-            .context("no results.jsonl in it")?;
-        text.lines()
-            .map(|line| serde_json::from_str(line).with_context(|| line.to_owned()))
-            .collect()
+        jobs::results(&self.client, job).await
     }
-}
-
-fn short(conditions: &[gogrid_api::Condition]) -> String {
-    conditions
-        .iter()
-        .map(|c| format!("{}={:?}/{} ({}); ", c.type_, c.status, c.reason, c.message))
-        .collect()
 }
 
 /// One record in the OpenAI Batch shape.

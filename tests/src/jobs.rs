@@ -1,12 +1,18 @@
-//! Jobs over the demo model whose answers are known.
+//! Jobs over the demo model whose answers are known: made, awaited and judged.
 
 use anyhow::{Context as _, Result, ensure};
+use gogrid_api::{InferenceJob, condition};
 use gogrid_testmodels::demo;
+use k8s_openapi::api::core::v1::ConfigMap;
+use kube::api::{Api, PostParams};
+use kube::{Client, ResourceExt as _};
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::cluster::{answer, record};
+use crate::wait::eventually;
 
 /// Prompts and the answers that are right, by `custom_id`.
 #[derive(Clone, Debug)]
@@ -88,4 +94,71 @@ pub fn spec(lines: &[String], output: &str) -> Result<Value> {
         "parallelSequences": 16,
         "generation": {"maxTokens": 32},
     }))
+}
+
+/// Creates a job from its spec.
+pub async fn create(client: &Client, namespace: &str, name: &str, spec: Value) -> Result<InferenceJob> {
+    let job = serde_json::from_value(json!({
+        "apiVersion": "gogrid.dev/v1alpha1", "kind": "InferenceJob",
+        "metadata": {"name": name, "namespace": namespace}, "spec": spec,
+    }))?;
+    Api::namespaced(client.clone(), namespace)
+        .create(&PostParams::default(), &job)
+        .await
+        .with_context(|| format!("creating job {name}"))
+}
+
+/// Waits until `accept` is content with the stored job, and returns it.
+pub async fn until(
+    client: &Client,
+    job: &InferenceJob,
+    what: &str,
+    within: Duration,
+    accept: impl Fn(&InferenceJob) -> Result<()>,
+) -> Result<InferenceJob> {
+    let jobs: Api<InferenceJob> = Api::namespaced(client.clone(), &job.namespace().unwrap_or_default());
+    let name = job.name_any();
+    eventually(within, what, || async {
+        let job = jobs.get(&name).await?;
+        accept(&job).map(|()| job)
+    })
+    .await
+}
+
+/// Waits until a job is Finished, either way, and returns it.
+pub async fn until_finished(client: &Client, job: &InferenceJob, within: Duration) -> Result<InferenceJob> {
+    let what = format!("{} to be Finished", job.name_any());
+    until(client, job, &what, within, |job| {
+        let status = job.status.clone().unwrap_or_default();
+        ensure!(
+            condition::is_true(&status.conditions, "Finished"),
+            "progress {:?}, conditions: {}",
+            status.progress.map(|p| p.display),
+            short(&status.conditions)
+        );
+        Ok(())
+    })
+    .await
+}
+
+/// The published results of a finished job, one JSON value a record.
+pub async fn results(client: &Client, job: &InferenceJob) -> Result<Vec<Value>> {
+    let name = job.spec.output.config_map.clone();
+    let name = name.context("the job has no output ConfigMap")?;
+    let maps: Api<ConfigMap> = Api::namespaced(client.clone(), &job.namespace().unwrap_or_default());
+    let data = maps.get(&name).await?.data.unwrap_or_default();
+    let text = data
+        .get(gogrid_api::names::RESULTS_KEY)
+        .context("no results.jsonl in it")?;
+    text.lines()
+        .map(|line| serde_json::from_str(line).with_context(|| line.to_owned()))
+        .collect()
+}
+
+/// Conditions on one line.
+pub fn short(conditions: &[gogrid_api::Condition]) -> String {
+    conditions
+        .iter()
+        .map(|c| format!("{}={:?}/{} ({}); ", c.type_, c.status, c.reason, c.message))
+        .collect()
 }

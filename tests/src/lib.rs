@@ -6,7 +6,10 @@
 pub mod chart;
 pub mod cluster;
 pub mod controlplane;
+pub mod images;
+pub mod installed;
 pub mod jobs;
+pub mod nodes;
 pub mod process;
 pub mod procfs;
 pub mod prometheus;

@@ -24,38 +24,8 @@ pub struct Binaries {
 impl Binaries {
     /// Finds the programs, or builds them with `tests/controlplane/build.sh`, whose progress goes to standard error.
     pub async fn find() -> Result<Self> {
-        #[expect(
-            clippy::disallowed_methods,
-            reason = "the tests' only configuration is the environment"
-        )]
-        let given = std::env::var_os(DIR_VARIABLE).filter(|dir| !dir.is_empty());
-        let dir = match given {
-            Some(dir) => PathBuf::from(dir),
-            None => Self::build().await?,
-        };
-        for name in NAMES {
-            ensure!(dir.join(name).is_file(), "{} holds no {name}", dir.display());
-        }
+        let dir = find_set("controlplane", DIR_VARIABLE, &NAMES).await?;
         Ok(Self { dir })
-    }
-
-    async fn build() -> Result<PathBuf> {
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("controlplane/build.sh");
-        let built = tokio::process::Command::new(&script)
-            .stdin(Stdio::null())
-            .stderr(Stdio::inherit())
-            .kill_on_drop(true)
-            .output()
-            .await
-            .with_context(|| format!("running {}", script.display()))?;
-        ensure!(
-            built.status.success(),
-            "building the control plane failed ({}); see above",
-            built.status
-        );
-        let output = String::from_utf8(built.stdout)?;
-        let dir = output.lines().last().context("the build printed no directory")?;
-        Ok(PathBuf::from(dir))
     }
 
     /// The etcd server.
@@ -82,4 +52,41 @@ impl Binaries {
     pub fn helm(&self) -> PathBuf {
         self.dir.join("helm")
     }
+}
+
+/// The directory with one set of programs: the one that `variable` names, else where `build.sh` puts them.
+pub(crate) async fn find_set(set: &str, variable: &str, names: &[&str]) -> Result<PathBuf> {
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the tests' only configuration is the environment"
+    )]
+    let given = std::env::var_os(variable).filter(|dir| !dir.is_empty());
+    let dir = match given {
+        Some(dir) => PathBuf::from(dir),
+        None => build_set(set).await?,
+    };
+    for name in names {
+        ensure!(dir.join(name).is_file(), "{} holds no {name}", dir.display());
+    }
+    Ok(dir)
+}
+
+async fn build_set(set: &str) -> Result<PathBuf> {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("controlplane/build.sh");
+    let built = tokio::process::Command::new(&script)
+        .arg(set)
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .kill_on_drop(true)
+        .output()
+        .await
+        .with_context(|| format!("running {}", script.display()))?;
+    ensure!(
+        built.status.success(),
+        "building the programs of {set} failed ({}); see above",
+        built.status
+    );
+    let output = String::from_utf8(built.stdout)?;
+    let dir = output.lines().last().context("the build printed no directory")?;
+    Ok(PathBuf::from(dir))
 }

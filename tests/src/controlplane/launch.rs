@@ -18,7 +18,7 @@ use super::{Binaries, ControlPlaneOptions};
 use crate::process::Process;
 use crate::wait::eventually;
 
-const DIR_PREFIX: &str = "gogrid-controlplane-";
+pub(crate) const DIR_PREFIX: &str = "gogrid-controlplane-";
 const ETCD_WITHIN: Duration = Duration::from_secs(60);
 /// One look takes this long at most; a connection made while the server was starting may never be answered.
 const PROBE_WITHIN: Duration = Duration::from_secs(5);
@@ -34,6 +34,28 @@ rules:
   verbs: [create, update, patch, delete, deletecollection]
 - level: None
 ";
+
+/// A user that identifies itself with a token.
+#[derive(Clone, Debug)]
+pub struct User {
+    /// Such as `system:node:node-1`.
+    pub name: String,
+    /// The one group it is in, if any.
+    pub group: String,
+    /// Its secret.
+    pub token: String,
+}
+
+/// A network namespace in which the control plane runs and other machines reach it.
+#[derive(Clone, Debug)]
+pub struct Network {
+    /// The namespace's file, `/proc/<pid>/ns/net`.
+    pub namespace: PathBuf,
+    /// The API server's address there; it listens on port 443.
+    pub address: Ipv4Addr,
+    /// Port on this machine's loopback that leads to it.
+    pub port: u16,
+}
 
 /// A port that was free when it was chosen was taken when it was used.
 #[derive(Debug, thiserror::Error)]
@@ -52,6 +74,8 @@ pub(super) struct Layout {
     etcd_peer_port: u16,
     port: u16,
     api_server_flags: Vec<String>,
+    users: Vec<User>,
+    network: Option<Network>,
 }
 
 impl Layout {
@@ -74,8 +98,13 @@ impl Layout {
             controllers_token: random_token()?,
             etcd_port,
             etcd_peer_port,
-            port: options.port.unwrap_or(free_port),
+            port: options
+                .network
+                .as_ref()
+                .map_or(options.port.unwrap_or(free_port), |n| n.port),
             api_server_flags: options.api_server_flags.clone(),
+            users: options.users.clone(),
+            network: options.network.clone(),
             dir,
         };
         layout.write_files()?;
@@ -87,16 +116,19 @@ impl Layout {
         if !key.exists() {
             write_private(&key, &signing_key()?)?;
         }
-        let tokens = format!(
+        let mut tokens = format!(
             "{},admin,admin,system:masters\n{},system:kube-controller-manager,controllers\n",
             self.admin_token, self.controllers_token
         );
+        for User { name, group, token } in &self.users {
+            tokens += &format!("{token},{name},{name},{group}\n");
+        }
         write_private(&self.path("tokens.csv"), &tokens)?;
         write_private(&self.path("audit-policy.yaml"), AUDIT_POLICY)?;
         write_private(&self.admin_kubeconfig(), &self.kubeconfig(&self.admin_token))?;
         write_private(
             &self.path("controllers.kubeconfig"),
-            &self.kubeconfig(&self.controllers_token),
+            &self.inner_kubeconfig(&self.controllers_token),
         )
     }
 
@@ -120,18 +152,51 @@ impl Layout {
         self.dir.join(name)
     }
 
-    /// The text of a kubeconfig; JSON, which is YAML too, so that nothing needs quoting by hand.
+    /// The text of a kubeconfig for use on this machine.
     pub(super) fn kubeconfig(&self, token: &str) -> String {
+        self.kubeconfig_with(&self.url(), token)
+    }
+
+    /// The same for a program that runs where the API server does.
+    pub(super) fn inner_kubeconfig(&self, token: &str) -> String {
+        match &self.network {
+            Some(network) => self.kubeconfig_with(&format!("https://{}", network.address), token),
+            None => self.kubeconfig(token),
+        }
+    }
+
+    /// JSON, which is YAML too, so that nothing needs quoting by hand.
+    fn kubeconfig_with(&self, server: &str, token: &str) -> String {
+        let mut cluster = serde_json::json!({"server": server, "certificate-authority": self.ca_file()});
+        if self.network.is_some() {
+            // Its certificate doesn't name the loopback address that leads to it.
+            cluster["tls-server-name"] = "kubernetes.default.svc".into();
+        }
         serde_json::json!({
             "apiVersion": "v1",
             "kind": "Config",
-            "clusters": [{"name": "test", "cluster": {
-                "server": self.url(), "certificate-authority": self.ca_file()}}],
+            "clusters": [{"name": "test", "cluster": cluster}],
             "users": [{"name": "user", "user": {"token": token}}],
             "contexts": [{"name": "test", "context": {"cluster": "test", "user": "user"}}],
             "current-context": "test",
         })
         .to_string()
+    }
+
+    /// A command that runs where the API server does.
+    pub(super) fn command(&self, program: &Path) -> Command {
+        match &self.network {
+            None => Command::new(program),
+            Some(network) => {
+                let mut command = Command::new("nsenter");
+                // It becomes the program: the process that is started is the one that is signalled.
+                command
+                    .arg(format!("--net={}", network.namespace.display()))
+                    .arg("--")
+                    .arg(program);
+                command
+            }
+        }
     }
 
     fn etcd_url(&self) -> String {
@@ -141,7 +206,7 @@ impl Layout {
     pub(super) fn start_etcd(&self, binaries: &Binaries) -> Result<Process> {
         let clients = self.etcd_url();
         let peers = format!("http://127.0.0.1:{}", self.etcd_peer_port);
-        let mut command = Command::new(binaries.etcd());
+        let mut command = self.command(&binaries.etcd());
         command
             .arg(format!("--data-dir={}", self.path("etcd").display()))
             .arg(format!("--listen-client-urls={clients}"))
@@ -155,6 +220,10 @@ impl Layout {
     }
 
     pub(super) async fn until_etcd_listens(&self, etcd: &Process) -> Result<()> {
+        if self.network.is_some() {
+            // Out of reach from here; the API server waits for it as well.
+            return Ok(());
+        }
         until(etcd, ETCD_WITHIN, "etcd to listen", || async {
             Ok(drop(
                 tokio::net::TcpStream::connect((Ipv4Addr::LOCALHOST, self.etcd_port)).await?,
@@ -165,16 +234,10 @@ impl Layout {
 
     pub(super) fn start_api_server(&self, binaries: &Binaries) -> Result<Process> {
         let key = self.path("service-accounts.key");
-        let mut command = Command::new(binaries.api_server());
+        let mut command = self.command(&binaries.api_server());
         command
             .arg(format!("--etcd-servers={}", self.etcd_url()))
-            .args([
-                "--bind-address=127.0.0.1",
-                "--service-cluster-ip-range=10.0.0.0/24",
-            ])
-            // The default writes the server's address where a loopback address is refused.
-            .arg("--endpoint-reconciler-type=none")
-            .arg(format!("--secure-port={}", self.port))
+            .args(self.address_flags())
             .arg(format!("--cert-dir={}", self.path("certs").display()))
             .args([
                 "--service-account-issuer=https://kubernetes.default.svc",
@@ -197,6 +260,27 @@ impl Layout {
         Process::start("kube-apiserver", command, &self.path("kube-apiserver.log"))
     }
 
+    fn address_flags(&self) -> Vec<String> {
+        match &self.network {
+            None => vec![
+                "--bind-address=127.0.0.1".into(),
+                "--service-cluster-ip-range=10.0.0.0/24".into(),
+                // The default writes the server's address where a loopback address is refused.
+                "--endpoint-reconciler-type=none".into(),
+                format!("--secure-port={}", self.port),
+            ],
+            Some(network) => vec![
+                "--bind-address=0.0.0.0".into(),
+                "--secure-port=443".into(),
+                // Its first address leads to the API server without a Service proxy: see `nodes`.
+                "--service-cluster-ip-range=10.96.0.0/16".into(),
+                format!("--advertise-address={}", network.address),
+                "--kubelet-preferred-address-types=InternalIP".into(),
+                "--enable-admission-plugins=NodeRestriction".into(),
+            ],
+        }
+    }
+
     pub(super) async fn until_ready(&self, api_server: &Process, within: Duration) -> Result<()> {
         until(api_server, within, "the API server to be ready", || async {
             let request = http::Request::get("/readyz").body(Vec::new())?;
@@ -208,7 +292,7 @@ impl Layout {
     }
 
     pub(super) fn start_controllers(&self, binaries: &Binaries) -> Result<Process> {
-        let mut command = Command::new(binaries.controller_manager());
+        let mut command = self.command(&binaries.controller_manager());
         command
             .arg(format!(
                 "--kubeconfig={}",
@@ -224,12 +308,24 @@ impl Layout {
                 self.path("service-accounts.key").display()
             ))
             .arg(format!("--root-ca-file={}", self.ca_file().display()))
-            // No kubelet renews a Lease here: these three would taint the nodes and end the pods on them, and with the
-            // pods the tokens bound to them.
-            .arg(
+            .arg(if self.network.is_some() {
+                "--controllers=*"
+            } else {
+                // No kubelet renews a Lease here: these three would taint the nodes and end the pods on them, and with
+                // the pods the tokens bound to them.
                 "--controllers=*,-node-lifecycle-controller,-taint-eviction-controller,\
-                 -pod-garbage-collector-controller",
-            );
+                 -pod-garbage-collector-controller"
+            });
+        if self.network.is_some() {
+            command
+                // What takes 40 s by default; tests have less time.
+                .args(["--node-monitor-grace-period=12s", "--node-monitor-period=1s"])
+                .args(["--kube-api-qps=200", "--kube-api-burst=400"])
+                .arg(format!(
+                    "--flex-volume-plugin-dir={}",
+                    self.path("volume-plugins").display()
+                ));
+        }
         Process::start(
             "kube-controller-manager",
             command,
@@ -311,7 +407,8 @@ fn random_bytes<const COUNT: usize>() -> Result<[u8; COUNT]> {
     Ok(bytes)
 }
 
-fn random_token() -> Result<String> {
+/// A secret that nobody guesses.
+pub(crate) fn random_token() -> Result<String> {
     Ok(random_bytes::<16>()?
         .iter()
         .map(|byte| format!("{byte:02x}"))

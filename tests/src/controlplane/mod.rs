@@ -22,6 +22,9 @@ use rustix::process::Signal;
 pub use apply::apply_yaml_documents;
 pub use audit::AuditEvent;
 pub use binaries::Binaries;
+pub(crate) use binaries::find_set;
+pub(crate) use launch::{DIR_PREFIX as WORK_DIR_PREFIX, random_token};
+pub use launch::{Network, User};
 
 use crate::process::Process;
 use crate::sys;
@@ -44,6 +47,10 @@ pub struct ControlPlaneOptions {
     pub without_controllers: bool,
     /// More flags for the API server; where one is set already, the last wins.
     pub api_server_flags: Vec<String>,
+    /// Users besides the admin and the controllers.
+    pub users: Vec<User>,
+    /// Runs in this network instead of on loopback, for nodes with kubelets, which then count as nodes do in earnest.
+    pub network: Option<Network>,
 }
 
 /// A running control plane; everything of it ends with this value.
@@ -144,6 +151,18 @@ impl ControlPlane {
     /// The certificate (PEM) that the API server's clients must trust.
     pub fn ca_file(&self) -> PathBuf {
         self.layout.ca_file()
+    }
+
+    /// A command that runs where the API server does.
+    pub(crate) fn command(&self, program: &Path) -> std::process::Command {
+        self.layout.command(program)
+    }
+
+    /// Writes the kubeconfig of one of the network's own programs: it names the API server by its address in there.
+    pub(crate) fn inner_kubeconfig(&self, name: &str, token: &str) -> Result<PathBuf> {
+        let path = self.layout.path(&format!("{name}.kubeconfig"));
+        launch::write_private(&path, &self.layout.inner_kubeconfig(token))?;
+        Ok(path)
     }
 
     /// A kubeconfig of a cluster admin (user `admin`, group `system:masters`).

@@ -1,0 +1,168 @@
+//! Upgrade, rollback, uninstall: what admins do, with jobs running.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Result, ensure};
+use gogrid_api::{InferenceJob, ResourceProfile};
+use gogrid_tests::chart::RELEASE;
+use gogrid_tests::cluster::NAMESPACE;
+use gogrid_tests::installed::Installed;
+use gogrid_tests::jobs::Questions;
+use gogrid_tests::wait::eventually;
+use k8s_openapi::api::core::v1::{ConfigMap, Pod};
+use kube::ResourceExt as _;
+use kube::api::{Api, ListParams};
+use serde_json::{Value, json};
+
+use crate::{LONG, on_real_nodes, submit, until_answering, until_right, values};
+
+/// Answers of a job's records as they lie in checkpoints, by the checkpoint's name.
+async fn checkpoints(installed: &Installed, job: &InferenceJob) -> Result<BTreeMap<String, Vec<String>>> {
+    let maps: Api<ConfigMap> = Api::namespaced(installed.client.clone(), NAMESPACE);
+    let of_job = format!(
+        "gogrid.dev/job-uid={},gogrid.dev/role=result",
+        job.uid().unwrap_or_default()
+    );
+    let found = maps.list(&ListParams::default().labels(&of_job)).await?;
+    Ok(found
+        .items
+        .into_iter()
+        .map(|map| {
+            let name = map.name_any();
+            let text = map
+                .data
+                .unwrap_or_default()
+                .into_values()
+                .collect::<Vec<_>>()
+                .join("\n");
+            let id = |line: &str| {
+                let line: Value = serde_json::from_str(line).unwrap_or_default();
+                line["custom_id"].as_str().map(str::to_owned)
+            };
+            (name, text.lines().filter_map(id).collect())
+        })
+        .collect())
+}
+
+/// The record that lies in two checkpoints, if one does: it was run again though it was finished.
+fn run_again(checkpoints: &BTreeMap<String, Vec<String>>) -> Option<&String> {
+    let mut seen = std::collections::BTreeSet::new();
+    checkpoints.values().flatten().find(|id| !seen.insert(*id))
+}
+
+/// Follows a job's checkpoints until it is over.
+async fn last_checkpoints(
+    installed: &Installed,
+    job: &InferenceJob,
+) -> Result<BTreeMap<String, Vec<String>>> {
+    let jobs: Api<InferenceJob> = Api::namespaced(installed.client.clone(), "default");
+    let last = std::sync::Mutex::new(BTreeMap::new());
+    eventually(LONG, "the job's end", || async {
+        let found = checkpoints(installed, job).await?;
+        let status = jobs.get(&job.name_any()).await?.status.unwrap_or_default();
+        let over = gogrid_api::condition::is_true(&status.conditions, "Finished");
+        let mut last = last.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if !found.is_empty() {
+            *last = found;
+        }
+        ensure!(over, "{:?}", status.progress.map(|p| p.display));
+        Ok(())
+    })
+    .await?;
+    Ok(last.into_inner().unwrap_or_default())
+}
+
+#[test]
+fn an_upgrade_and_a_rollback_under_four_running_jobs_run_no_finished_record_again_and_lose_none() -> Result<()>
+{
+    on_real_nodes(|installed| async move {
+        let mut jobs = vec![];
+        for n in 0..4 {
+            let questions = Questions::new(40 + n, 150);
+            let job = submit(&installed, &format!("upgraded-{n}"), &questions, None, true).await?;
+            jobs.push((job, questions));
+        }
+        for (job, _) in &jobs {
+            until_answering(&installed, job).await?;
+        }
+        let before = installed.agent_pod("node-1").await?.uid();
+        // Both pods of every kind are replaced: their templates differ.
+        let mut changed = values();
+        for component in ["agent", "operator"] {
+            changed[component]["podAnnotations"] = json!({"version": "next"});
+        }
+        installed.helm("upgrade", &changed).await?;
+        ensure!(
+            installed.agent_pod("node-1").await?.uid() != before,
+            "the upgrade replaced no pod"
+        );
+        installed
+            .nodes
+            .control
+            .helm(&[
+                "rollback",
+                RELEASE,
+                "--namespace",
+                NAMESPACE,
+                "--wait",
+                "--timeout",
+                "120s",
+            ])
+            .await?;
+        let mut epochs = 0;
+        for (job, questions) in &jobs {
+            let checkpoints = last_checkpoints(&installed, job).await?;
+            let again = run_again(&checkpoints);
+            ensure!(again.is_none(), "{}: {again:?} was run again", job.name_any());
+            let job = until_right(&installed, job, questions).await?;
+            epochs += job.status.map_or(0, |s| s.epoch);
+        }
+        ensure!(epochs > 4, "no job was interrupted: the test saw nothing");
+        println!("4 jobs, {epochs} placements");
+        Ok(())
+    })
+}
+
+/// Named so that it comes last of all: what it does to the install is not undone entirely.
+#[test]
+fn z_uninstalling_keeps_every_custom_resource_and_installing_again_goes_on_with_them() -> Result<()> {
+    on_real_nodes(|installed| async move {
+        let questions = Questions::new(77, 200);
+        let job = submit(&installed, "kept", &questions, None, true).await?;
+        until_answering(&installed, &job).await?;
+        let control = &installed.nodes.control;
+        control
+            .helm(&[
+                "uninstall",
+                RELEASE,
+                "--namespace",
+                NAMESPACE,
+                "--wait",
+                "--timeout",
+                "100s",
+            ])
+            .await?;
+        let pods: Api<Pod> = Api::namespaced(installed.client.clone(), NAMESPACE);
+        eventually(LONG, "all pods to be gone", || async {
+            // The pod of a `helm test` is that test's report, and no part of the release.
+            let parts = ListParams::default().labels("app.kubernetes.io/component in (operator, agent)");
+            let left = pods.list(&parts).await?.items;
+            ensure!(left.is_empty(), "{} pods are left", left.len());
+            Ok(())
+        })
+        .await?;
+        let jobs: Api<InferenceJob> = Api::namespaced(installed.client.clone(), "default");
+        let profiles: Api<ResourceProfile> = Api::all(installed.client.clone());
+        ensure!(
+            jobs.get("kept").await?.uid() == job.uid(),
+            "the job is another one"
+        );
+        ensure!(
+            profiles.list(&ListParams::default()).await?.items.len() == 3,
+            "a profile is gone"
+        );
+        installed.helm("install", &values()).await?;
+        until_right(&installed, &job, &questions).await?;
+        Ok(())
+    })
+}
