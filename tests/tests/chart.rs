@@ -276,8 +276,8 @@ async fn no_role_reaches_secrets_or_uses_a_wildcard() {
 
 #[tokio::test]
 async fn helm_test_asks_for_the_model_that_the_agents_image_holds() {
-    let rendered = chart::render_test("two", "elsewhere", &maximal());
-    let documents = chart::documents(&rendered.await.unwrap()).unwrap();
+    let rendered = chart::render_test("two", "elsewhere", &maximal()).await;
+    let documents = chart::documents(&rendered.unwrap()).unwrap();
     let pod = &of_kind(&documents, "Pod")[0]["spec"];
     let model = gogrid_testmodels::demo::Quant::Q4K;
     let digest = gogrid_tests::jobs::sha256(&gogrid_testmodels::demo::demo_model_path(model)).unwrap();

@@ -1,5 +1,6 @@
 //! Commands. Owns flags, their bounds and what people read; computes nothing itself.
 
+use crate::confined;
 use crate::engine::batch::{Batch, Event};
 use crate::engine::load::{Checked, Size, check, estimate, header};
 use crate::engine::template::Message;
@@ -60,6 +61,11 @@ enum Command {
         #[cfg(feature = "faults")]
         #[arg(long, hide = true)]
         fault: Option<crate::faults::Fault>,
+    },
+    /// Try what a worker must not be able to do, from where workers run; fails if anything succeeds.
+    Confined {
+        /// Address and port of the API server.
+        api_server: std::net::SocketAddr,
     },
     /// Show what a model is and what memory it takes.
     Inspect {
@@ -160,6 +166,14 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
                 fault.set();
             }
             return worker::run(socket, *worker, stamps.as_deref());
+        }
+        Command::Confined { api_server } => {
+            let all_refused = confined::report(*api_server).context("confining this process")?;
+            return Ok(if all_refused {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::FAILURE
+            });
         }
         Command::Inspect {
             file,

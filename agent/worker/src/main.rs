@@ -5,6 +5,7 @@
 
 mod cli;
 mod clock;
+mod confined;
 mod engine;
 #[cfg(feature = "faults")]
 mod faults;

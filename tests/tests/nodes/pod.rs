@@ -3,10 +3,12 @@
 use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
+use gogrid_tests::cluster::NAMESPACE;
 use gogrid_tests::installed::Installed;
 use gogrid_tests::jobs::Questions;
 use gogrid_tests::procfs::{self, Seen};
 use gogrid_tests::wait::eventually;
+use kube::ResourceExt as _;
 use kube::api::{Api, DeleteParams};
 
 use crate::{LONG, on_real_nodes, submit, until_answering};
@@ -125,6 +127,30 @@ fn agent_pool_and_worker_have_no_capability_no_writable_root_and_a_system_call_f
         );
         let jobs: Api<gogrid_api::InferenceJob> = Api::namespaced(installed.client.clone(), "default");
         jobs.delete("looked-at", &DeleteParams::default()).await?;
+        Ok(())
+    })
+}
+
+#[test]
+fn from_the_workers_container_neither_a_network_nor_the_api_server_nor_a_foreign_folder_can_be_reached()
+-> Result<()> {
+    on_real_nodes(|installed| async move {
+        let pod = installed.agent_pod("node-1").await?.name_any();
+        let exec = ["exec", "-n", NAMESPACE, &pod, "-c", "workers", "--"];
+        let confined = ["/usr/bin/gogrid-worker", "confined", "10.96.0.1:443"];
+        // Its exit code says whether anything succeeded.
+        let said = installed
+            .nodes
+            .control
+            .kubectl(&[&exec[..], &confined].concat())
+            .await?;
+        let refused = said.lines().filter(|line| line.starts_with("refused: ")).count();
+        ensure!(refused == 8, "{said}");
+        ensure!(
+            said.contains("connect to 10.96.0.1:443: Permission denied"),
+            "{said}"
+        );
+        ensure!(said.contains("write to /: Read-only file system"), "{said}");
         Ok(())
     })
 }
