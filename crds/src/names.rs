@@ -26,6 +26,10 @@ pub const PROFILE_NODE_LABEL: &str = "gogrid.dev/profile";
 /// Annotation on a Node, of any value: its jobs are handed back and no new ones come, as `kubectl drain` does with pods. It
 /// never evicts a DaemonSet's.
 pub const DRAIN_NODE_ANNOTATION: &str = "gogrid.dev/drain";
+/// Label on Nodes that asks the agent to let go of the GPU driver, for as long as it has the value below.
+pub const DRIVER_NODE_LABEL: &str = "gogrid.dev/driver";
+/// See [`DRIVER_NODE_LABEL`].
+pub const DRIVER_RELEASED: &str = "released";
 /// Annotation on a published result: the uid of the job it belongs to.
 pub const RESULT_JOB_UID_ANNOTATION: &str = "gogrid.dev/job-uid";
 /// Key under which results lie in a ConfigMap.

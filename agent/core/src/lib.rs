@@ -5,6 +5,7 @@
 //! tokio or candle. Time comes in as nanoseconds of CLOCK_BOOTTIME.
 
 pub mod adaptive;
+pub mod driver;
 pub mod feed;
 pub mod plan;
 pub mod protocol;
