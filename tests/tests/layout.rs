@@ -15,7 +15,7 @@ use std::process::Command;
 use serde_json::Value;
 
 /// Every crate and the crates of ours it may depend on. A new crate finds its floor here first.
-const ARROWS: [(&str, &[&str]); 13] = [
+const ARROWS: [(&str, &[&str]); 14] = [
     ("gogrid-api", &[]),
     ("gogrid-gguf", &[]),
     ("gogrid-store", &[]),
@@ -40,6 +40,7 @@ const ARROWS: [(&str, &[&str]); 13] = [
     ("kubectl-gogrid", &["gogrid-api", "gogrid-planner"]),
     ("gogrid-testmodels", &[]),
     ("gogrid-reference", &[]),
+    ("gogrid-simnvml", &[]),
     (
         SCENARIOS,
         &[
@@ -48,6 +49,7 @@ const ARROWS: [(&str, &[&str]); 13] = [
             "gogrid-gguf",
             "gogrid-planner",
             "gogrid-reference",
+            "gogrid-simnvml",
             "gogrid-testmodels",
         ],
     ),
