@@ -73,6 +73,14 @@ pub struct Flags {
     #[cfg(feature = "faults")]
     #[arg(long, hide = true)]
     stamps: Option<PathBuf>,
+    /// Jobs on NVIDIA devices are computed on the CPU.
+    #[cfg(feature = "faults")]
+    #[arg(long, hide = true)]
+    cuda_on_cpu: bool,
+    /// What counts as a second towards the GPU driver, in milliseconds.
+    #[cfg(feature = "faults")]
+    #[arg(long, hide = true, default_value_t = 1000)]
+    driver_second_millis: u64,
 }
 
 /// The agent's settings, checked.
@@ -102,6 +110,10 @@ pub struct Config {
     pub workers_limit: Option<Bytes>,
     /// NVML library, if not the driver's.
     pub nvml: Option<PathBuf>,
+    /// What counts as a second towards the GPU driver, in nanoseconds.
+    pub driver_second: u64,
+    /// Whether jobs on NVIDIA devices are computed on the CPU: in tests only.
+    pub cuda_on_cpu: bool,
     /// Address of the metrics server.
     pub metrics: SocketAddr,
     /// Form of log lines.
@@ -169,7 +181,13 @@ impl TryFrom<Flags> for Config {
             wall_offset_seconds,
             #[cfg(feature = "faults")]
             stamps,
+            #[cfg(feature = "faults")]
+            cuda_on_cpu,
+            #[cfg(feature = "faults")]
+            driver_second_millis,
         } = flags;
+        #[cfg(not(feature = "faults"))]
+        let (cuda_on_cpu, driver_second_millis) = (false, 1000_u64);
         if node_name.is_empty() || node_name.len() > 253 {
             return Err(ConfigError::NodeName);
         }
@@ -195,6 +213,8 @@ impl TryFrom<Flags> for Config {
             cpu_reserve: bytes("cpu-memory-reserve", cpu_memory_reserve)?,
             workers_limit: bytes("workers-memory-limit", workers_memory_limit)?,
             nvml: nvml_library,
+            driver_second: driver_second_millis.saturating_mul(1_000_000),
+            cuda_on_cpu,
             metrics: metrics_addr,
             log: log_format,
             #[cfg(feature = "faults")]

@@ -5,6 +5,7 @@
 use crate::lease::LeaseEvent;
 use crate::link::Link;
 use crate::models::Obtained;
+use gogrid_agent_core::driver::View;
 use gogrid_agent_core::protocol::{FromPool, FromWorker, WorkerId};
 use gogrid_api::assignment::ModelFacts;
 use gogrid_api::effective::NamedProfile;
@@ -111,8 +112,10 @@ pub enum Event {
     Inspected(String, Result<ModelFacts, Failure>),
     /// Models beneath the roots.
     Models(Vec<HeldModel>),
-    /// All devices of one backend as measured.
+    /// All devices of one backend, as something other than the driver's probe has measured them.
     Devices(Backend, Vec<Device>),
+    /// The driver and its devices as measured.
+    Driver(Box<View>),
     /// End in good order.
     Shutdown,
 }

@@ -23,6 +23,7 @@ mod start;
 mod sys;
 mod watch;
 
+pub use devices::nvml::child as probe_nvml;
 pub use header::child as inspect_header;
 pub use lease::LeaseEvent;
 pub use owner::End;
@@ -30,6 +31,7 @@ pub use start::{StartError, run};
 
 use clock::Host;
 use config::Config;
+use devices::driver::Driver;
 use event::{Event, Hub};
 use gogrid_agent_core::session::Session;
 use kube_client::Clients;
@@ -61,6 +63,8 @@ pub struct Agent {
     pub threads: u16,
     /// Record of processes, where the agent starts the pool itself.
     processes: Option<Arc<Mutex<Processes>>>,
+    /// The thread that asks the GPU driver, where there is one.
+    driver: Option<Driver>,
 }
 
 impl Agent {
@@ -84,6 +88,7 @@ impl Agent {
             metrics,
             threads,
             processes: None,
+            driver: None,
         }
     }
 
@@ -100,6 +105,7 @@ impl Agent {
             metrics,
             threads,
             processes,
+            driver,
         } = self;
         let watch_again = Arc::new(Notify::new());
         host.spawn(Box::pin(watch::keep(
@@ -137,6 +143,7 @@ impl Agent {
             session: session.to_string(),
             hub,
             models,
+            driver,
             metrics,
             processes,
             threads,

@@ -1,12 +1,14 @@
 //! The GoGrid node agent's process.
 //!
 //! Owns: the start and the end of the process. `gogrid-agent` runs the agent; `gogrid-agent inspect-headers` is the
-//! confined child that parses one header. Must not hold policy.
+//! confined child that parses one header, `gogrid-agent probe-nvml` the one that
+//! loads the GPU driver's library. Must not hold policy.
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
 use gogrid_agent::End;
 use gogrid_agent::config::{Config, Flags, LogFormat};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 /// The GoGrid node agent.
@@ -29,13 +31,27 @@ enum Child {
         #[arg(long)]
         bytes: u64,
     },
+    /// Answer questions about the NVIDIA driver on standard input until it closes.
+    #[command(hide = true)]
+    ProbeNvml {
+        /// Library to load instead of the driver's.
+        #[arg(long)]
+        library: Option<PathBuf>,
+    },
 }
 
 fn main() -> anyhow::Result<ExitCode> {
     let Cli { command, flags } = Cli::parse();
-    if let Some(Child::InspectHeaders { bytes }) = command {
-        gogrid_agent::inspect_header(bytes)?;
-        return Ok(ExitCode::SUCCESS);
+    match command {
+        Some(Child::InspectHeaders { bytes }) => {
+            gogrid_agent::inspect_header(bytes)?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        Some(Child::ProbeNvml { library }) => {
+            gogrid_agent::probe_nvml(library.as_deref())?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        None => {}
     }
     let flags = flags.context("--node-name and --state-dir are needed")?;
     let config = Config::try_from(flags)?;

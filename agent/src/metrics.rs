@@ -71,6 +71,8 @@ pub struct Metrics {
     pub(crate) model_bytes: IntCounter,
     /// Models that could not be had, by reason.
     pub(crate) model_failures: IntCounterVec,
+    /// Questions to the GPU driver without an answer, by how.
+    pub(crate) driver_silences: IntCounterVec,
     /// Peers cut off for breaking the protocol.
     pub(crate) breaches: IntCounter,
     loop_at: AtomicU64,
@@ -196,6 +198,11 @@ impl Metrics {
                 "Models that could not be had or verified, by reason.",
                 &["reason"],
             )?,
+            driver_silences: counters(
+                "gogrid_driver_silences_total",
+                "Questions to the GPU driver without an answer: late (its probe was killed), ended (it crashed).",
+                &["how"],
+            )?,
             breaches: IntCounter::new(
                 "gogrid_protocol_breaches_total",
                 "Workers cut off for breaking the protocol.",
@@ -252,6 +259,7 @@ impl Metrics {
             obtaining,
             model_bytes,
             model_failures,
+            driver_silences,
             breaches,
         } = self;
         let mut all: Vec<Box<dyn Collector>> = vec![Box::new(request_seconds.clone())];
@@ -276,7 +284,7 @@ impl Metrics {
         for times in [busy, waited] {
             all.push(Box::new(times.clone()));
         }
-        for counters in [renewals, writes, records, ends, model_failures] {
+        for counters in [renewals, writes, records, ends, model_failures, driver_silences] {
             all.push(Box::new(counters.clone()));
         }
         for counter in [prompt_tokens, tokens, model_bytes, breaches] {

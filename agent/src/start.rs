@@ -8,6 +8,7 @@ use crate::config::Config;
 use crate::event::{Event, Hub};
 use crate::metrics::{self, Metrics};
 use crate::{Agent, End, devices, kube_client, link, models, previous, spawner};
+use gogrid_agent_core::driver::watch::Timing;
 use gogrid_agent_core::session::Session;
 use std::error::Error;
 use std::sync::{Arc, Mutex};
@@ -92,12 +93,19 @@ pub async fn run(config: Config, heavy: tokio::runtime::Handle) -> Result<(End, 
         spawner::start(pool, Arc::clone(processes), hub.clone()).step("the pool of workers")?;
     }
 
-    tokio::spawn(devices::measure(
+    tokio::spawn(devices::cpu::measure(
         config.cpu_reserve,
         config.workers_limit,
         hub.clone(),
     ));
-    tokio::spawn(devices::list_nvidia(config.nvml.clone(), hub.clone()));
+    let driver = devices::driver::start(
+        config.nvml.clone(),
+        Timing::with_second(config.driver_second),
+        config.cuda_on_cpu,
+        Arc::clone(&metrics),
+        hub.clone(),
+    )
+    .step("the thread of the driver")?;
     tokio::spawn(models.clone().scan(hub.clone()));
     signals(hub.clone()).step("signals")?;
     let threads =
@@ -112,6 +120,7 @@ pub async fn run(config: Config, heavy: tokio::runtime::Handle) -> Result<(End, 
         metrics,
         threads,
         processes,
+        driver: Some(driver),
     };
     Ok((agent.run(hub, events).await, lock))
 }

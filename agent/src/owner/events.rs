@@ -6,6 +6,7 @@ use super::{End, Owner, Pool, workers};
 use crate::event::{Event, Greeting};
 use crate::lease::LeaseEvent;
 use crate::link::Link;
+use gogrid_agent_core::driver::View;
 use gogrid_agent_core::plan::{Order, Phase};
 use gogrid_agent_core::protocol::{FromPool, FromWorker, ToPool, WorkerId};
 use gogrid_agent_core::results::{clip, reason_word};
@@ -77,7 +78,10 @@ impl Owner {
                 self.cpu = devices;
                 self.measured(now);
             }
-            Event::Devices(Backend::Cuda | Backend::Metal, devices) => self.cuda = Some(devices),
+            Event::Devices(Backend::Cuda | Backend::Metal, devices) => {
+                self.driver_seen(View::of(devices), now);
+            }
+            Event::Driver(view) => self.driver_seen(*view, now),
             Event::Shutdown => {
                 tracing::info!("told to end: draining workers");
                 self.shutdown
@@ -155,7 +159,7 @@ impl Owner {
         {
             work.target.resource_version.clone_from(version);
         }
-        let obstacle = self.obstacle(assignment.spec.profile_name.as_deref());
+        let obstacle = self.obstacle_of(&assignment.spec);
         self.orders.insert(
             name,
             Order {
@@ -252,6 +256,7 @@ impl Owner {
             FromPool::Spawned { worker, pid } => {
                 let assignment = self.workers.get(&worker);
                 tracing::info!(worker, pid, assignment, "worker started");
+                self.pids.insert(worker, pid);
                 if let Some(processes) = self.tools.processes.clone() {
                     // A file write: short, but not for the owner's loop.
                     tokio::task::spawn_blocking(move || {
@@ -304,6 +309,7 @@ impl Owner {
 
     /// The worker is reaped: nothing of it runs any more.
     fn worker_gone(&mut self, worker: WorkerId, how: &str, _now: Nanos) {
+        self.pids.remove(&worker);
         let Some(name) = self.workers.remove(&worker) else {
             return;
         };

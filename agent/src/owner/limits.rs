@@ -55,17 +55,7 @@ impl Owner {
 
     /// Profiles or labels have changed.
     pub(super) fn profiles_changed(&mut self) {
-        let names: Vec<(String, Option<String>)> = self
-            .orders
-            .iter()
-            .map(|(n, o)| (n.clone(), o.assignment.spec.profile_name.clone()))
-            .collect();
-        for (name, profile) in names {
-            let obstacle = self.obstacle(profile.as_deref());
-            if let Some(order) = self.orders.get_mut(&name) {
-                order.obstacle = obstacle;
-            }
-        }
+        self.find_obstacles();
         self.set_caps();
         self.push_limits();
         self.limits_applied();
@@ -104,9 +94,10 @@ impl Owner {
         })
     }
 
-    fn set_caps(&mut self) {
+    pub(super) fn set_caps(&mut self) {
         let Some(effective) = self.ceiling() else { return };
-        for device in &self.cpu {
+        let driver = self.driver.iter().flat_map(|view| &view.devices);
+        for device in self.cpu.iter().chain(driver) {
             let total = device.memory_total.bytes().unwrap_or_default();
             let reserved = device.memory_reserved.bytes().unwrap_or_default();
             self.ledger

@@ -3,6 +3,7 @@
 //! Owns: orders, jobs, ledger, profiles, workers, and the loop: take an event, plan, carry the steps out, feed the
 //! workers, write what changed. Everything that waits runs elsewhere and comes back as an event. Must not wait itself.
 
+mod devices;
 mod events;
 mod feeding;
 mod limits;
@@ -15,11 +16,13 @@ mod workers;
 use crate::api::Calls;
 use crate::clock::Host;
 use crate::config::Config;
+use crate::devices::driver::Driver;
 use crate::event::{Event, Hub};
 use crate::link::Link;
 use crate::metrics::Metrics;
 use crate::models::ModelSource;
 use crate::previous::Processes;
+use gogrid_agent_core::driver::View;
 use gogrid_agent_core::plan::{Context, Job, Order, Phase, plan};
 use gogrid_agent_core::protocol::WorkerId;
 use gogrid_agent_core::report::Pace;
@@ -77,6 +80,8 @@ pub(crate) struct Tools {
     pub(crate) calls: Calls,
     /// Models.
     pub(crate) models: Arc<dyn ModelSource>,
+    /// The thread that asks the GPU driver, where there is one.
+    pub(crate) driver: Option<Driver>,
     /// Metrics.
     pub(crate) metrics: Arc<Metrics>,
     /// Record of processes, where the agent starts the pool itself.
@@ -107,11 +112,12 @@ pub(crate) struct Owner {
     node_uid: Option<String>,
     in_force: Vec<ProfileInForce>,
     cpu: Vec<Device>,
-    cuda: Option<Vec<Device>>,
+    driver: Option<View>,
     models: Option<Vec<HeldModel>>,
     pool: Option<Pool>,
     strangers: BTreeSet<WorkerId>,
     workers: BTreeMap<WorkerId, String>,
+    pids: BTreeMap<WorkerId, u32>,
     next_worker: WorkerId,
     last_start: BTreeMap<String, Nanos>,
     wake: Option<Nanos>,
@@ -147,11 +153,12 @@ impl Owner {
             node_uid: None,
             in_force: vec![],
             cpu: vec![],
-            cuda: None,
+            driver: None,
             models: None,
             pool: None,
             strangers: BTreeSet::new(),
             workers: BTreeMap::new(),
+            pids: BTreeMap::new(),
             next_worker: 1,
             last_start: BTreeMap::new(),
             wake: None,
@@ -200,6 +207,7 @@ impl Owner {
             self.grant(now);
             self.feed(now);
             self.settle();
+            self.tell_driver();
             self.flush(now);
             self.flush_node(now);
             self.tell(now);

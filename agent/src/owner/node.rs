@@ -12,7 +12,7 @@ use gogrid_agent_core::session::{Nanos, Standing};
 use gogrid_api::condition::set_condition;
 use gogrid_api::effective::Limits;
 use gogrid_api::names::{CPU_DEVICE, node_lease};
-use gogrid_api::node::{Device, Enforcement, Heartbeat, RunningProgress};
+use gogrid_api::node::{Enforcement, Heartbeat, RunningProgress};
 use gogrid_api::profile::IoClass;
 use gogrid_api::{Bytes, Condition, ConditionStatus, GpuNodeStatus};
 use std::collections::BTreeMap;
@@ -56,7 +56,7 @@ impl Owner {
     /// Writes the GpuNode if it is worth it. The session is published only under a held lease.
     pub(super) fn flush_node(&mut self, now: Nanos) {
         let known =
-            self.profiles.is_some() && self.labels.is_some() && !self.cpu.is_empty() && self.cuda.is_some();
+            self.profiles.is_some() && self.labels.is_some() && !self.cpu.is_empty() && self.driver.is_some();
         let held = self.renewals.standing(now) == Standing::Held;
         if self.node_writing || !known || !held || self.models.is_none() || now < self.node_retry_at {
             return;
@@ -83,8 +83,7 @@ impl Owner {
 
     fn refresh(&mut self, now: Nanos) {
         let written = self.pace.last().map(|s| s.devices.clone()).unwrap_or_default();
-        let mut devices = bucketed_devices(&written, self.cpu_devices());
-        devices.extend(bucketed_devices(&written, self.cuda.clone().unwrap_or_default()));
+        let devices = bucketed_devices(&written, self.devices());
         let models = self.models.clone().unwrap_or_default();
         // While an edit is on its way, the rows stay as they were: they change once, together with the profile.
         let enforcement = match self.pace.last() {
@@ -93,6 +92,9 @@ impl Owner {
         };
         let mut conditions = std::mem::take(&mut self.status.conditions);
         set_condition(&mut conditions, self.ready());
+        if let Some(driver) = self.driver_condition() {
+            set_condition(&mut conditions, driver);
+        }
         self.status = GpuNodeStatus {
             conditions,
             session: self.tools.session.clone(),
@@ -104,18 +106,6 @@ impl Owner {
             models,
             heartbeat: self.heartbeat(now),
         };
-    }
-
-    /// The CPU device with our workers' memory taken out of what others use.
-    fn cpu_devices(&self) -> Vec<Device> {
-        let adjust = |device: &Device| {
-            let mut device = device.clone();
-            let ours = self.used_by_workers(&device.uuid);
-            let used = device.memory_foreign.bytes().unwrap_or_default();
-            device.memory_foreign = used.saturating_sub(ours).into();
-            device
-        };
-        self.cpu.iter().map(adjust).collect()
     }
 
     fn ready(&self) -> Condition {

@@ -12,6 +12,7 @@ use gogrid_agent_core::session::Nanos;
 use gogrid_api::AssignmentStatus;
 use gogrid_api::assignment::State;
 use gogrid_api::job::Failure;
+use gogrid_api::names::CPU_DEVICE;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -220,7 +221,12 @@ impl Owner {
         let (Some(link), Some(model)) = (work.link.clone(), work.model.clone()) else {
             return true;
         };
-        let sent = link.load(&workers::load_message(work), model);
+        let device = if self.tools.config.cuda_on_cpu {
+            CPU_DEVICE
+        } else {
+            &work.device
+        };
+        let sent = link.load(&workers::load_message(work, device), model);
         if let Err(error) = sent {
             self.fail(
                 name,

@@ -6,7 +6,7 @@ use super::Owner;
 use gogrid_agent_core::plan::Phase;
 use gogrid_agent_core::session::Nanos;
 use gogrid_api::Bytes;
-use gogrid_api::node::{Device, Health};
+use gogrid_api::node::{Backend, Device, Health};
 use prometheus::IntGaugeVec;
 
 /// Between two looks, in nanoseconds.
@@ -37,7 +37,7 @@ impl Owner {
             .values()
             .filter(|job| job.fenced && job.phase != Phase::Over);
         metrics.fenced.set(count(fenced.count()));
-        for device in self.cpu.iter().chain(self.cuda.iter().flatten()) {
+        for device in self.measured_devices() {
             self.tell_device(device);
         }
     }
@@ -49,7 +49,11 @@ impl Owner {
         let total = device.memory_total.bytes().unwrap_or_default();
         bytes(&metrics.memory_total, uuid, total);
         let others = device.memory_foreign.bytes().unwrap_or_default();
-        let others = others.saturating_sub(self.used_by_workers(uuid));
+        let others = if device.backend == Backend::Cpu {
+            others.saturating_sub(self.used_by_workers(uuid))
+        } else {
+            others
+        };
         bytes(&metrics.memory_foreign, uuid, others);
         bytes(&metrics.memory_limit, uuid, self.ledger.cap(uuid));
         bytes(&metrics.memory_reserved, uuid, self.ledger.held(uuid));

@@ -35,8 +35,8 @@ pub(super) fn oom_kills() -> u64 {
     line.and_then(|n| n.trim().parse().ok()).unwrap_or(0)
 }
 
-/// The order to load.
-pub(super) fn load_message(work: &Work) -> ToWorker {
+/// The order to load, on that device.
+pub(super) fn load_message(work: &Work, device: &str) -> ToWorker {
     let spec = &work.spec;
     let Generation {
         max_tokens,
@@ -48,7 +48,7 @@ pub(super) fn load_message(work: &Work) -> ToWorker {
     } = spec.generation.clone().unwrap_or_default();
     let positive = |number: i32| u32::try_from(number).unwrap_or(0);
     ToWorker::Load {
-        device: work.device.clone(),
+        device: device.to_owned(),
         context_tokens: positive(spec.context_tokens),
         parallel_sequences: u16::try_from(spec.parallel_sequences).unwrap_or(1).max(1),
         memory: work.bytes.0,

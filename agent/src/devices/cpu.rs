@@ -1,22 +1,17 @@
-//! The node's devices as they are measured.
+//! The CPU device as it is measured.
 //!
-//! Owns: the one CPU device, and the list of NVIDIA devices through NVML. Must not bucket, pace or judge figures beyond
-//! a device's health.
+//! Owns: the node's memory as this process may use it. Must not bucket, pace or judge figures.
 
 use crate::event::{Event, Hub};
+use gogrid_api::Bytes;
 use gogrid_api::names::CPU_DEVICE;
 use gogrid_api::node::{Backend, Device, Health};
-use gogrid_api::{ByteQuantity, Bytes};
-use nvml_wrapper::Nvml;
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::Path;
 use std::time::Duration;
 
 /// Between two measurements.
 const EVERY: Duration = Duration::from_secs(2);
-/// Between two measurements through the driver, and two attempts to load it.
-const DRIVER_EVERY: Duration = Duration::from_secs(15);
 const GIB: u64 = 1 << 30;
 
 /// Measures the CPU device for ever. `limit` is the workers' own memory limit, where they have another than the agent.
@@ -27,27 +22,6 @@ pub(crate) async fn measure(reserve: Option<Bytes>, limit: Option<Bytes>, hub: H
             Err(error) => tracing::error!(%error, "measuring the CPU device ended"),
         }
         tokio::time::sleep(EVERY).await;
-    }
-}
-
-/// Lists NVIDIA devices for ever; says at least once what there is. A driver that hangs stops this loop only.
-pub(crate) async fn list_nvidia(library: Option<PathBuf>, hub: Hub) {
-    let mut driver: Option<Arc<Nvml>> = None;
-    loop {
-        let (library, loaded) = (library.clone(), driver.take());
-        let listed = tokio::task::spawn_blocking(move || {
-            let driver = loaded.or_else(|| load(library.as_deref()).map(Arc::new));
-            let devices = driver.as_deref().map(nvidia).unwrap_or_default();
-            (driver, devices)
-        });
-        match listed.await {
-            Ok((loaded, devices)) => {
-                driver = loaded;
-                hub.send(Event::Devices(Backend::Cuda, devices)).await;
-            }
-            Err(error) => tracing::error!(%error, "listing NVIDIA devices ended"),
-        }
-        tokio::time::sleep(DRIVER_EVERY).await;
     }
 }
 
@@ -120,45 +94,4 @@ fn cpu(reserve: Option<Bytes>, limit: Option<Bytes>) -> Device {
         health: Health::Healthy,
         message: None,
     }
-}
-
-fn load(library: Option<&Path>) -> Option<Nvml> {
-    let loaded = match library {
-        Some(path) => Nvml::builder().lib_path(path.as_os_str()).init(),
-        None => Nvml::init(),
-    };
-    loaded.ok()
-}
-
-fn nvidia(driver: &Nvml) -> Vec<Device> {
-    let count = driver.device_count().unwrap_or(0).min(63);
-    (0..count).filter_map(|index| one(driver, index)).collect()
-}
-
-fn one(nvml: &Nvml, index: u32) -> Option<Device> {
-    let device = nvml.device_by_index(index).ok()?;
-    let uuid = device.uuid().ok()?;
-    let (memory, message) = match device.memory_info() {
-        Ok(memory) => (Some(memory), "this build has no CUDA worker".to_owned()),
-        Err(error) => (
-            None,
-            format!("the driver does not answer for this device: {error}"),
-        ),
-    };
-    let bytes = |figure: Option<u64>| ByteQuantity::from(Bytes(figure.unwrap_or(0)));
-    Some(Device {
-        uuid: uuid.chars().take(96).collect(),
-        name: device.name().unwrap_or_default().chars().take(128).collect(),
-        backend: Backend::Cuda,
-        memory_total: bytes(memory.as_ref().map(|m| m.total)),
-        memory_reserved: bytes(Some(0)),
-        memory_foreign: bytes(memory.as_ref().map(|m| m.used)),
-        memory_free: bytes(memory.as_ref().map(|m| m.free)),
-        compute_capability: device
-            .cuda_compute_capability()
-            .ok()
-            .map(|c| format!("{}.{}", c.major, c.minor)),
-        health: Health::Unhealthy,
-        message: Some(message.chars().take(256).collect()),
-    })
 }

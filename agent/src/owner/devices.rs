@@ -1,0 +1,152 @@
+//! The driver's devices, their health, and the jobs on them.
+//!
+//! Owns: what a change of a device means for ledger, orders and jobs, and what the driver's thread is told. Must not
+//! measure.
+
+use super::Owner;
+use crate::clock::wall_seconds;
+use gogrid_agent_core::driver::{View, condition};
+use gogrid_agent_core::plan::Phase;
+use gogrid_agent_core::session::Nanos;
+use gogrid_agent_core::vram::{Own, Reading};
+use gogrid_api::job::Failure;
+use gogrid_api::names::{CPU_DEVICE, DRIVER_NODE_LABEL, DRIVER_RELEASED};
+use gogrid_api::node::{Device, Health};
+use gogrid_api::{AssignmentSpec, Bytes, Condition};
+
+impl Owner {
+    /// All devices as they were measured, the CPU first.
+    pub(super) fn measured_devices(&self) -> impl Iterator<Item = &Device> {
+        let driver = self.driver.iter().flat_map(|view| &view.devices);
+        self.cpu.iter().chain(driver)
+    }
+
+    /// All devices as they are published, with our workers' memory taken out of what others use.
+    pub(super) fn devices(&self) -> Vec<Device> {
+        let ours_out = |device: &Device| {
+            let mut device = device.clone();
+            if device.uuid == CPU_DEVICE {
+                let used = device.memory_foreign.bytes().unwrap_or_default();
+                device.memory_foreign = used.saturating_sub(self.used_by_workers(CPU_DEVICE)).into();
+            }
+            device
+        };
+        self.measured_devices().map(ours_out).collect()
+    }
+
+    /// The driver was looked at: devices may have come, gone or fallen ill.
+    pub(super) fn driver_seen(&mut self, view: View, now: Nanos) {
+        let before = self.driver.replace(view);
+        let Some(view) = &self.driver else { return };
+        for device in &view.devices {
+            let of = |quantity: &gogrid_api::ByteQuantity| quantity.bytes().unwrap_or_default();
+            let load = view.loads.get(&device.uuid);
+            let used = load.map_or(of(&device.memory_foreign), |load| load.used);
+            let own = load.map_or(Some(Bytes(0)), |load| {
+                load.foreign.map(|foreign| used.saturating_sub(foreign))
+            });
+            let reading = Reading {
+                at: now,
+                total: of(&device.memory_total),
+                reserved: of(&device.memory_reserved),
+                used,
+                own: own.map(|live| Own {
+                    live,
+                    ended: Bytes(0),
+                }),
+                free_at_exit: false,
+            };
+            self.ledger.observe(&device.uuid, reading);
+        }
+        let listed = |uuid: &str| view.devices.iter().any(|device| device.uuid == uuid);
+        let gone = before.iter().flat_map(|view| &view.devices);
+        for device in gone.filter(|old| !listed(&old.uuid)) {
+            // What is still reserved there stays in the books until its worker is gone; nothing more is given.
+            let nothing = Reading {
+                at: now,
+                total: Bytes(0),
+                reserved: Bytes(0),
+                used: Bytes(0),
+                own: Some(Own::default()),
+                free_at_exit: false,
+            };
+            self.ledger.observe(&device.uuid, nothing);
+        }
+        self.end_jobs_of_lost_devices();
+        self.find_obstacles();
+        self.set_caps();
+    }
+
+    /// Jobs on a device that is gone fail, and only those.
+    fn end_jobs_of_lost_devices(&mut self) {
+        let Some(view) = &self.driver else { return };
+        let lost: Vec<(String, String)> = self
+            .work
+            .iter()
+            .filter(|(_, work)| !work.device.is_empty() && work.device != CPU_DEVICE)
+            .filter_map(|(name, work)| Some((name.clone(), view.lost(&work.device)?)))
+            .collect();
+        for (name, why) in lost {
+            self.fail(&name, "DeviceLost", &why, true);
+        }
+    }
+
+    /// Why an order can't be run here, whatever is free.
+    pub(super) fn obstacle_of(&self, order: &AssignmentSpec) -> Option<Failure> {
+        self.obstacle(order.profile_name.as_deref()).or_else(|| {
+            let uuid = order.stages.first().map(|stage| stage.gpu_uuid.as_str())?;
+            let device = self.measured_devices().find(|device| device.uuid == uuid)?;
+            let message = device.message.as_deref().unwrap_or("it is not healthy");
+            (device.health == Health::Unhealthy).then(|| Failure {
+                reason: "DeviceUnhealthy".into(),
+                message: format!("device {uuid}: {message}"),
+                retryable: true,
+            })
+        })
+    }
+
+    /// Looks at every order again.
+    pub(super) fn find_obstacles(&mut self) {
+        let found: Vec<(String, Option<Failure>)> = self
+            .orders
+            .iter()
+            .map(|(name, order)| (name.clone(), self.obstacle_of(&order.assignment.spec)))
+            .collect();
+        for (name, obstacle) in found {
+            if let Some(order) = self.orders.get_mut(&name) {
+                order.obstacle = obstacle;
+            }
+        }
+    }
+
+    /// Tells the driver's thread which processes are ours, whether a job has one of its devices, and whether to let go.
+    pub(super) fn tell_driver(&mut self) {
+        let busy = self.work.iter().any(|(name, work)| {
+            let over = self.jobs.get(name).is_none_or(|job| job.phase == Phase::Over);
+            !over && !work.device.is_empty() && work.device != CPU_DEVICE
+        });
+        let pids = self.pids.values().copied().collect();
+        let label = self
+            .labels
+            .as_ref()
+            .and_then(|labels| labels.get(DRIVER_NODE_LABEL));
+        let released = label.is_some_and(|value| value == DRIVER_RELEASED);
+        if let Some(driver) = &mut self.tools.driver {
+            driver.own(pids, busy);
+            driver.released(released);
+        }
+    }
+
+    /// The driver as a condition of the GpuNode.
+    pub(super) fn driver_condition(&self) -> Option<Condition> {
+        let (status, reason, message) = condition(&self.driver.as_ref()?.state);
+        Some(Condition {
+            type_: "DriverReady".into(),
+            status,
+            reason: reason.into(),
+            message,
+            observed_generation: 1,
+            last_transition_time: wall_seconds(&*self.tools.host),
+        })
+    }
+}
