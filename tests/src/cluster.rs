@@ -53,6 +53,8 @@ pub struct ClusterOptions {
     pub model_roots: Vec<PathBuf>,
     /// More flags for every agent.
     pub agent_args: Vec<String>,
+    /// More environment for every agent.
+    pub agent_env: Vec<(String, String)>,
 }
 
 impl ClusterOptions {
@@ -65,6 +67,7 @@ impl ClusterOptions {
             lease_seconds: lease_seconds(),
             model_roots: vec![jobs::model_root()],
             agent_args: vec![],
+            agent_env: vec![],
         }
     }
 }
@@ -215,6 +218,7 @@ impl Cluster {
             .with_context(|| format!("no node {node}"))?;
         command
             .args(&self.options.agent_args)
+            .envs(self.options.agent_env.iter().cloned())
             .args(more)
             .env("KUBECONFIG", kubeconfig)
             .env("RUST_BACKTRACE", "1");
