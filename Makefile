@@ -18,7 +18,7 @@ say = @printf '\n== [%(%H:%M:%S)T] %s\n' -1 '$(1)'
 MUSL := x86_64-unknown-linux-musl
 IMAGES ?= $(CARGO_TARGET_DIR)/images
 
-.PHONY: help demo test soak prepare controlplane nodes build lint unit e2e deny advisories clean images demo-cluster cluster-up cluster-down
+.PHONY: help demo test soak prepare controlplane prometheus nodes build lint unit e2e deny advisories clean images demo-cluster cluster-up cluster-down
 
 help: ## Say what there is.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,7 +28,7 @@ demo: prepare controlplane ## The main job on this machine: control plane, opera
 	@cargo build --workspace --bins --features $(FEATURES)
 	@"$$CARGO_TARGET_DIR"/debug/demo
 
-test: prepare lint controlplane nodes build unit e2e deny ## Everything that CI runs.
+test: prepare lint controlplane prometheus nodes build unit e2e deny ## Everything that CI runs.
 	$(call say,all of make test has passed)
 
 soak: prepare controlplane build ## What takes real time: leases of 40 s, minutes of idling.
@@ -41,6 +41,9 @@ prepare:
 controlplane:
 	$(call say,control plane from pinned Go modules - first time about 15 minutes)
 	@tests/controlplane/build.sh >/dev/null
+
+prometheus:
+	$(call say,promtool from a pinned Go module)
 	@tests/prometheus/build.sh >/dev/null
 
 # Only root can run them; everywhere else their tests say that they are skipped.
