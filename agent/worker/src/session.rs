@@ -66,7 +66,10 @@ pub(crate) fn read(
             Ok(message) => message,
             Err(error) => return error,
         };
+        // One that was overtaken while this process stood still says nothing: armed, it would stop the process again, once
+        // for each that waits to be read. The timer keeps what it has, and no step begins without a grant that is good.
         if let ToWorker::Grant { fence_at, .. } = message
+            && fence_at > clock::boottime()
             && let Err(error) = fence.set(fence_at)
         {
             return error.into();

@@ -307,6 +307,28 @@ fn a_worker_without_a_new_grant_is_stopped_by_the_kernel_at_its_fence_and_goes_o
 }
 
 #[test]
+fn a_worker_that_stood_still_while_its_grants_ran_out_goes_on_with_the_newest_when_it_is_woken_once() {
+    let node = Node::start();
+    let mut pool = node.pool();
+    let (mut worker, pid) = node.worker(&mut pool, 1, limits(1), now() + 600 * SECOND);
+    worker.until(|message| matches!(message, FromWorker::Applied(_)).then_some(()));
+    let process = rustix::process::Pid::from_raw(pid).unwrap();
+    rustix::process::kill_process(process, rustix::process::Signal::STOP).unwrap();
+    // While it can't read them, one after the other runs out.
+    let last = now() + SECOND / 5;
+    for early in 0..20 {
+        worker.grant(1000, last - early * SECOND / 100);
+    }
+    while now() < last {
+        std::thread::yield_now();
+    }
+    worker.grant(1000, now() + 600 * SECOND);
+    worker.load(&node.model(), 1);
+    pool.send(&ToPool::Continue { worker: 1 });
+    worker.until(|message| matches!(message, FromWorker::Loaded { .. }).then_some(()));
+}
+
+#[test]
 fn workers_end_with_their_agent_and_the_pool_comes_back_empty() {
     let node = Node::start();
     let mut pool = node.pool();
