@@ -26,6 +26,8 @@ struct Sim {
     version: u64,
     writes: u32,
     steps: Vec<String>,
+    /// Leases that had to be silent.
+    silent: Vec<String>,
 }
 
 const WALL: i64 = 1_700_000_000;
@@ -54,6 +56,7 @@ impl Sim {
             version: 100,
             writes: 0,
             steps: vec![],
+            silent: vec![],
         };
         let none = || vec![];
         for list in [
@@ -191,6 +194,7 @@ impl Sim {
                 }
                 Op::EnsureSilent { lease, mark } => {
                     assert_eq!(self.store.leases.get(&lease).map(|l| l.mark.clone()), mark);
+                    self.silent.push(lease);
                 }
                 Op::Stage => {
                     self.has_inputs.insert(work.uid.clone());
@@ -304,6 +308,11 @@ fn a_lost_node_costs_an_epoch_and_answered_lines_are_left_out_there() {
     );
     assert_eq!(second.spec.skip.len(), 1);
     assert!(sim.run("u-1").spec.stop.is_some(), "the zombie is told to stop");
+    assert_eq!(
+        sim.silent,
+        ["node-a"],
+        "asked of the store before the epoch was raised"
+    );
     let status = sim.store.jobs.get("u").unwrap().status.clone().unwrap();
     assert_eq!((status.epoch, status.attempts), (2, 0));
     sim.agent("u-2", &json!({"state": "Succeeded", "checkpoint": {"chunks": 1}}));
@@ -328,6 +337,42 @@ fn an_agent_that_started_again_gets_the_job_back_at_once() {
         (second.spec.node_name.as_str(), second.spec.session.as_str()),
         ("a", "s2")
     );
+}
+
+#[test]
+fn memory_of_a_session_that_is_gone_is_free_for_the_next_one() {
+    let mut sim = Sim::new();
+    sim.node("a", "s1");
+    // The conservative half of 8 GiB holds it once.
+    sim.job(&json!({"memory": {"vram": "3Gi"}}));
+    sim.settle();
+    sim.agent("u-1", &json!({"state": "Running"}));
+    sim.node("a", "s2");
+    sim.settle();
+    assert_eq!(sim.run("u-2").spec.session, "s2");
+    assert!(
+        sim.silent.is_empty(),
+        "a new session proves that the old one is gone"
+    );
+}
+
+#[test]
+fn a_node_that_returns_before_its_job_found_another_place_must_first_end_the_old_run() {
+    let mut sim = Sim::new();
+    sim.node("a", "s1");
+    sim.job(&json!({}));
+    sim.settle();
+    sim.agent("u-1", &json!({"state": "Running"}));
+    sim.settle();
+    sim.pass(46, &[]);
+    sim.settle();
+    assert!(sim.run("u-1").spec.stop.is_some() && !sim.is("Placed"));
+    sim.beat("a", "s1");
+    sim.settle();
+    assert_eq!(sim.reason(), "FormerRunEnding");
+    sim.agent("u-1", &json!({"state": "Stopped"}));
+    sim.settle();
+    assert_eq!(sim.run("u-2").spec.node_name, "a");
 }
 
 #[test]
