@@ -13,7 +13,7 @@ use crate::presets;
 use crate::profiles;
 use crate::round::{Memory, Round, Work};
 use crate::store::{Claim, Store};
-use crate::telemetry::{self, Telemetry};
+use crate::telemetry::Telemetry;
 use gogrid_api::{Millis, ResourceProfile, names};
 use gogrid_planner::liveness::Liveness;
 use std::collections::{BTreeMap, BTreeSet};
@@ -321,7 +321,7 @@ impl Owner {
                     epoch = job.status.as_ref().map_or(0, |s| s.epoch),
                     "status written"
                 );
-                telemetry::written(&self.metrics, self.store.jobs.get(uid), &job);
+                self.telemetry.written(&self.metrics, &job);
                 self.store.put_job(*job);
             }
             Fact::Assignment(assignment) => self.store.put_assignment(*assignment),

@@ -53,6 +53,8 @@ const OTHER: &str = "Other";
 #[derive(Debug, Default)]
 pub(crate) struct Telemetry {
     alive: BTreeSet<String>,
+    /// By the job's uid.
+    counted: BTreeMap<String, (bool, &'static str)>,
     told: BTreeMap<&'static str, BTreeSet<String>>,
 }
 
@@ -80,6 +82,7 @@ impl Telemetry {
             *nodes.entry(state).or_insert(0) += 1;
         }
         self.alive.retain(|node| store.gpu_nodes.contains_key(node));
+        self.counted.retain(|uid, _| store.jobs.contains_key(uid));
         for (state, count) in nodes {
             metrics.nodes.with_label_values(&[state]).set(count);
         }
@@ -92,6 +95,26 @@ impl Telemetry {
         };
         self.fill("matched", &metrics.profile_matched, counts(|s| s.nodes_matched));
         self.fill("applied", &metrics.profile_applied, counts(|s| s.nodes_applied));
+    }
+
+    /// Counts what a status that was just written says for the first time. The watch may have brought the same status into
+    /// the store before, so what was counted is remembered here.
+    pub(crate) fn written(&mut self, metrics: &Metrics, job: &InferenceJob) {
+        let uid = job.metadata.uid.clone().unwrap_or_default();
+        let Some(verdict) = verdict(job) else {
+            self.counted.remove(&uid);
+            return;
+        };
+        if self.counted.insert(uid, verdict) == Some(verdict) {
+            return;
+        }
+        let (over, word) = verdict;
+        let counter = if over {
+            &metrics.finished
+        } else {
+            &metrics.rejections
+        };
+        counter.with_label_values(&[word]).inc();
     }
 
     /// Sets one child for each count and drops those that have none any more.
@@ -109,40 +132,20 @@ impl Telemetry {
     }
 }
 
-/// Counts what a status that was just written says for the first time.
-pub(crate) fn written(metrics: &Metrics, old: Option<&InferenceJob>, new: &InferenceJob) {
-    let read = |job: Option<&InferenceJob>, type_: &str| {
-        let status = job.and_then(|j| j.status.as_ref())?;
-        find(&status.conditions, type_).map(|c| (c.status, c.reason.clone()))
-    };
-    let (was, is) = (
-        read(old, conditions::FINISHED),
-        read(Some(new), conditions::FINISHED),
-    );
-    if let Some((ConditionStatus::True, reason)) = is
-        && was.is_none_or(|(status, _)| status != ConditionStatus::True)
-    {
-        let result = if reason == "Succeeded" {
-            "Succeeded"
-        } else {
-            "Failed"
-        };
-        metrics.finished.with_label_values(&[result]).inc();
-        return;
+/// What a job's status says that is counted once: that it is over, or why it has no place.
+fn verdict(job: &InferenceJob) -> Option<(bool, &'static str)> {
+    let all = job.status.as_ref()?.conditions.as_slice();
+    let over = find(all, conditions::FINISHED).filter(|c| c.status == ConditionStatus::True);
+    if let Some(over) = over {
+        let well = over.reason == "Succeeded";
+        return Some((true, if well { "Succeeded" } else { "Failed" }));
     }
-    let (was, is) = (read(old, conditions::PLACED), read(Some(new), conditions::PLACED));
-    if let Some((ConditionStatus::False, reason)) = &is
-        && was != is
-        && !ON_THE_WAY.contains(&reason.as_str())
-    {
-        metrics
-            .rejections
-            .with_label_values(&[known(reason, &REASONS)])
-            .inc();
-    }
+    let unplaced = find(all, conditions::PLACED).filter(|c| c.status == ConditionStatus::False)?;
+    let on_the_way = ON_THE_WAY.contains(&unplaced.reason.as_str());
+    (!on_the_way).then(|| (false, known(&unplaced.reason, &REASONS)))
 }
 
-fn known<'a>(word: &str, words: &[&'a str]) -> &'a str {
+fn known(word: &str, words: &[&'static str]) -> &'static str {
     words.iter().find(|known| **known == word).unwrap_or(&OTHER)
 }
 
@@ -249,19 +252,40 @@ mod tests {
             BTreeMap::from([("New".to_owned(), 1), ("Other".to_owned(), 1)])
         );
         let metrics = Metrics::new().unwrap();
-        written(&metrics, None, &odd);
+        Telemetry::default().written(&metrics, &odd);
         assert_eq!(metrics.rejections.with_label_values(&["Other"]).get(), 1);
     }
 
     #[test]
     fn a_rejection_counts_once_until_its_reason_changes() {
         let metrics = Metrics::new().unwrap();
-        let before = job("a");
-        let mut after = before.clone();
-        after.status = Some(Draft::new(&before, 1).wait(&Reason::NoNodes).done());
-        written(&metrics, Some(&before), &after);
-        written(&metrics, Some(&after), &after);
+        let mut telemetry = Telemetry::default();
+        let mut waits = job("a");
+        waits.status = Some(Draft::new(&waits, 1).wait(&Reason::NoNodes).done());
+        telemetry.written(&metrics, &waits);
+        telemetry.written(&metrics, &waits);
         assert_eq!(metrics.rejections.with_label_values(&["NoNodes"]).get(), 1);
+    }
+
+    /// The watch brings a status into the store while the answer to its write is still on its way.
+    #[test]
+    fn a_job_that_ended_counts_once_although_the_store_has_its_end_already() {
+        let metrics = Metrics::new().unwrap();
+        let mut telemetry = Telemetry::default();
+        let mut store = Store::new(Liveness::new(LeaseTiming::default(), Millis(0)));
+        let mut over = job("a");
+        let failure = gogrid_api::job::Failure {
+            reason: "DigestMismatch".into(),
+            message: "no".into(),
+            retryable: false,
+        };
+        let outcome = gogrid_planner::lifecycle::Outcome::Failed(failure);
+        over.status = Some(Draft::new(&over, 1).finish(&outcome, None).done());
+        store.put_job(over.clone());
+        telemetry.tick(&store, &metrics, Millis(0), 1);
+        telemetry.written(&metrics, &over);
+        telemetry.written(&metrics, &over);
+        assert_eq!(metrics.finished.with_label_values(&["Failed"]).get(), 1);
     }
 
     #[test]
