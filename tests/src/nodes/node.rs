@@ -201,7 +201,7 @@ impl Node {
             before=$(kills)
             echo $$ >"$CGROUP/cgroup.procs"
             trap 'rm -f "$FILE"' EXIT
-            while [ "$(kills)" = "$before" ]; do dd if=/dev/zero bs=8M count=1 2>/dev/null >>"$FILE" || true; done"#;
+            while [ "$(kills)" = "$before" ]; do dd if=/dev/zero bs=1M count=1 2>/dev/null >>"$FILE" || true; done"#;
         let ended = tokio::process::Command::new("sh")
             .args(["-euc", script])
             .env("CGROUP", cgroup)

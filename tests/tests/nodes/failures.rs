@@ -117,6 +117,41 @@ fn a_deleted_agent_pod_costs_its_jobs_a_moment_and_no_record() -> Result<()> {
     })
 }
 
+#[test]
+fn a_worker_killed_for_want_of_memory_hurts_neither_its_agent_nor_other_jobs() -> Result<()> {
+    on_real_nodes(|installed| async move {
+        let (a, b) = (Questions::new(16, 150), Questions::new(17, 150));
+        let first = submit(&installed, "victim", &a, Some("node-1"), true).await?;
+        let second = submit(&installed, "neighbour", &b, Some("node-1"), true).await?;
+        until_answering(&installed, &first).await?;
+        until_answering(&installed, &second).await?;
+        let agent = installed.agent_pod("node-1").await?;
+        let node = installed.nodes.node("node-1")?;
+        let worker = node
+            .processes()?
+            .into_iter()
+            .find(|p| p.command.contains("gogrid-worker worker"));
+        node.run_out_of_memory(&worker.context("no worker")?).await?;
+        let first = until_right(&installed, &first, &a).await?;
+        let second = until_right(&installed, &second, &b).await?;
+        let epochs = [&first, &second].map(|job| job.status.clone().map_or(0, |s| s.epoch));
+        // The kernel may take the second one too before the first one's memory is back.
+        let placements = epochs.iter().sum::<i64>();
+        ensure!((3..=4).contains(&placements), "placements: {epochs:?}");
+        let after = installed.agent_pod("node-1").await?;
+        ensure!(after.uid() == agent.uid(), "the agent's pod was replaced");
+        let restarts = after
+            .status
+            .and_then(|s| s.container_statuses)
+            .unwrap_or_default();
+        ensure!(
+            restarts.iter().all(|c| c.restart_count == 0),
+            "a container was restarted"
+        );
+        Ok(())
+    })
+}
+
 /// Named so that it comes late: a node has to start anew after it.
 #[test]
 fn y_a_node_that_loses_power_has_its_jobs_elsewhere_once_its_lease_is_over() -> Result<()> {
