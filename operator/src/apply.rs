@@ -39,6 +39,8 @@ pub(crate) enum Op {
         /// Its version as last seen.
         mark: Option<String>,
     },
+    /// Go on only if there is really no such order: this process may not have seen it yet.
+    EnsureAbsent(String),
     /// Copy the input.
     Stage,
     /// Order an agent.
@@ -92,6 +94,9 @@ pub(crate) enum StepError {
     /// A node that was taken for silent has renewed its Lease.
     #[error("node lease {} was renewed: the watch is behind", .0.name)]
     NotSilent(Box<LeaseInfo>),
+    /// An order that seemed to be gone is there.
+    #[error("the order is there after all")]
+    Present(Box<Assignment>),
     /// The status that the order is for has moved on.
     #[error("the job moved on")]
     MovedOn,
@@ -106,6 +111,7 @@ impl StepError {
             StepError::TimedOut => "TimedOut",
             StepError::Taken(_) => "Taken",
             StepError::NotSilent(_) => "NotSilent",
+            StepError::Present(_) => "Present",
             StepError::MovedOn => "MovedOn",
         }
     }
@@ -128,6 +134,8 @@ pub(crate) struct Executor {
     pub(crate) client: Client,
     pub(crate) namespace: String,
     pub(crate) reporter: String,
+    /// Whether a record counts once, whatever its epochs answered.
+    pub(crate) one_answer: bool,
 }
 
 pub(crate) fn apply_params() -> PatchParams {
@@ -179,6 +187,10 @@ impl Executor {
         match op {
             Op::WriteStatus(status) => self.write_status(job?, *status).await,
             Op::EnsureSilent { lease, mark } => self.ensure_silent(&lease, mark.as_deref()).await,
+            Op::EnsureAbsent(name) => match self.own::<Assignment>().get_opt(&name).await? {
+                Some(found) => Err(StepError::Present(Box::new(found))),
+                None => Ok(Fact::Silent),
+            },
             Op::Stage => self.stage(job?).await,
             Op::Create(assignment) => self.create(&assignment).await,
             Op::CreateIfStill(assignment) => self.create_if_still(job?, &assignment).await,
@@ -362,6 +374,11 @@ impl Executor {
             .into_iter()
             .filter_map(|m| m.labels().get(JOB_UID_LABEL).cloned())
             .collect())
+    }
+
+    /// All orders there are.
+    pub(crate) async fn orders(&self) -> Result<Vec<Assignment>, StepError> {
+        Ok(self.own::<Assignment>().list(&ListParams::default()).await?.items)
     }
 
     /// A profile's status.

@@ -47,6 +47,24 @@ pub struct Flags {
     faults: Vec<gogrid_faults::Fault>,
 }
 
+/// Layers of the fence that simulations take away, one at a time, to show what each is for. No flag does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Layers {
+    /// Nodes are judged by observed changes alone, with patience after blindness.
+    pub observed_change: bool,
+    /// A record counts once, whatever its epochs answered.
+    pub one_answer: bool,
+}
+
+impl Default for Layers {
+    fn default() -> Self {
+        Self {
+            observed_change: true,
+            one_answer: true,
+        }
+    }
+}
+
 /// What the operator goes by.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -64,6 +82,8 @@ pub struct Config {
     pub log_format: LogFormat,
     /// Jobs worked on at the same time.
     pub concurrency: usize,
+    /// Layers of the fence: all of them.
+    pub layers: Layers,
     /// Kills the process around its N-th mutating request.
     #[cfg(feature = "faults")]
     pub faults: Vec<gogrid_faults::Fault>,
@@ -115,6 +135,7 @@ impl Flags {
             holder: format!("{}_{unique}", self.identity),
             log_format: self.log_format,
             concurrency: self.concurrency.into(),
+            layers: Layers::default(),
             #[cfg(feature = "faults")]
             faults: self.faults,
         })

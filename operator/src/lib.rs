@@ -109,6 +109,7 @@ impl Operator {
             client: work,
             namespace: config.namespace.clone(),
             reporter: config.holder.clone(),
+            one_answer: config.layers.one_answer,
         };
         let owner = owner::Owner::new(config, executor, leadership, metrics);
         let mut owner = host.spawn(Box::pin(owner.run(seen, term, working)));

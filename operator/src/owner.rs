@@ -13,8 +13,8 @@ use crate::presets;
 use crate::profiles;
 use crate::round::{Memory, Round, Work};
 use crate::store::{Claim, Store};
-use crate::telemetry::Telemetry;
-use gogrid_api::{Millis, ResourceProfile, names};
+use crate::telemetry::{self, Telemetry};
+use gogrid_api::{Assignment, Millis, ResourceProfile, names};
 use gogrid_planner::liveness::Liveness;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -41,7 +41,13 @@ enum Answer {
         name: String,
         written: Result<Box<ResourceProfile>, StepError>,
     },
-    Swept(Result<BTreeSet<String>, StepError>),
+    Swept(i64, Result<Swept, StepError>),
+}
+
+/// What a new leader found.
+struct Swept {
+    staged: BTreeSet<String>,
+    orders: Vec<Assignment>,
 }
 
 /// The owner.
@@ -59,6 +65,8 @@ pub(crate) struct Owner {
     profiles_written: BTreeMap<String, Millis>,
     has_inputs: BTreeSet<String>,
     missing_since: BTreeMap<String, Millis>,
+    /// The term for which the orders were read anew.
+    swept: Option<i64>,
     permits: Arc<Semaphore>,
     answers: mpsc::UnboundedSender<Answer>,
     answered: mpsc::UnboundedReceiver<Answer>,
@@ -72,8 +80,14 @@ impl Owner {
         metrics: Arc<Metrics>,
     ) -> Self {
         let (answers, answered) = mpsc::unbounded_channel();
+        let liveness = Liveness::new(config.timing, executor.host.mono());
+        let liveness = if config.layers.observed_change {
+            liveness
+        } else {
+            liveness.hasty()
+        };
         Self {
-            store: Store::new(Liveness::new(config.timing, executor.host.mono())),
+            store: Store::new(liveness),
             permits: Arc::new(Semaphore::new(config.concurrency)),
             host: Arc::clone(&executor.host),
             config,
@@ -87,6 +101,7 @@ impl Owner {
             profiles_written: BTreeMap::new(),
             has_inputs: BTreeSet::new(),
             missing_since: BTreeMap::new(),
+            swept: None,
             answers,
             answered,
         }
@@ -108,8 +123,9 @@ impl Owner {
                 biased;
                 _ = stop.changed() => {}
                 _ = leads.changed() => {
-                    if leads.borrow_and_update().is_some() {
-                        self.sweep();
+                    let term = *leads.borrow_and_update();
+                    if let Some(term) = term {
+                        self.sweep(term);
                     }
                 }
                 () = &mut tick => {
@@ -165,8 +181,9 @@ impl Owner {
             .tick(&self.store, &self.metrics, now, self.host.wall().as_second());
     }
 
-    /// What a new leader looks for: presets that are absent, and inputs staged under an earlier one.
-    fn sweep(&mut self) {
+    /// What a new leader looks for: presets that are absent, inputs staged under an earlier one, and the orders that one
+    /// gave. Its watch may lag behind the jobs that it reads: an order it does not know of is not an order that is gone.
+    fn sweep(&mut self, term: i64) {
         let (executor, answers) = (self.executor.clone(), self.answers.clone());
         self.host.spawn(Box::pin(async move {
             let found = async {
@@ -176,20 +193,24 @@ impl Owner {
                         tracing::error!(error = crate::error_text(&error), "presets are not created");
                     }
                 }
-                executor.staged_uids().await
+                Ok(Swept {
+                    staged: executor.staged_uids().await?,
+                    orders: executor.orders().await?,
+                })
             };
             let found = found.await;
             if found.is_err() {
                 executor.host.sleep(Duration::from_secs(1)).await;
             }
             // The owner is gone only when the process ends.
-            let _ = answers.send(Answer::Swept(found));
+            let _ = answers.send(Answer::Swept(term, found));
         }));
     }
 
     fn round(&mut self) {
         let now = self.host.mono();
-        let Some(term) = self.leadership.term(now).filter(|_| self.store.synced()) else {
+        let ready = |term: &i64| self.swept == Some(*term) && self.store.synced();
+        let Some(term) = self.leadership.term(now).filter(ready) else {
             return;
         };
         let timer = self.metrics.round_seconds.start_timer();
@@ -294,13 +315,15 @@ impl Owner {
                     Err(error) => self.failed("Profile", &name, &error),
                 }
             }
-            Answer::Swept(Ok(uids)) => {
-                self.has_inputs.extend(uids);
+            Answer::Swept(term, Ok(Swept { staged, orders })) => {
+                self.has_inputs.extend(staged);
+                self.store.reread_assignments(orders);
+                self.swept = Some(term);
             }
-            Answer::Swept(Err(error)) => {
+            Answer::Swept(term, Err(error)) => {
                 self.failed("Sweep", "", &error);
-                if self.leadership.term(self.host.mono()).is_some() {
-                    self.sweep();
+                if self.leadership.term(self.host.mono()) == Some(term) {
+                    self.sweep(term);
                 }
             }
         }
@@ -349,6 +372,9 @@ impl Owner {
             }
             return;
         };
+        if let StepError::Present(order) = &error {
+            self.store.put_assignment((**order).clone());
+        }
         if let StepError::NotSilent(lease) = &error {
             let seen = Observation::Lease(Change::Changed(lease.clone()));
             self.store.apply(now, seen);
@@ -357,7 +383,9 @@ impl Owner {
         memory.failures = memory.failures.saturating_add(1);
         let pause = match error {
             // The newer version is on its way through the watch.
-            StepError::Conflict(_) | StepError::NotSilent(_) | StepError::MovedOn if memory.failures < 5 => {
+            StepError::Conflict(_) | StepError::NotSilent(_) | StepError::Present(_) | StepError::MovedOn
+                if memory.failures < 5 =>
+            {
                 100
             }
             _ => (250_u64 << memory.failures.min(7)).min(LONGEST_PAUSE),

@@ -38,7 +38,7 @@ pub(crate) async fn publish(
         return Ok(conflict);
     }
     let (epochs, missing) = collect(executor, runs).await?;
-    let merged = match results::merge(epochs, expected) {
+    let merged = match results::merge(epochs, expected, executor.one_answer) {
         Ok(merged) => merged,
         Err(error) => {
             let missing = if missing.is_empty() {

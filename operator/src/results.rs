@@ -67,12 +67,16 @@ fn within(ranges: &[LineRange], line: i64) -> bool {
 /// Merges chunks of all epochs; `expected` is the number of records of the input.
 ///
 /// The last epoch was told which lines the earlier ones had answered: of those, only these lines count, so that an
-/// answer that a lost node wrote later can never stand beside another one.
-pub(crate) fn merge(mut epochs: Vec<EpochChunks>, expected: i64) -> Result<Merged, MergeError> {
+/// answer that a lost node wrote later can never stand beside another one; unless `one_answer` is taken away.
+pub(crate) fn merge(
+    mut epochs: Vec<EpochChunks>,
+    expected: i64,
+    one_answer: bool,
+) -> Result<Merged, MergeError> {
     epochs.sort_by_key(|e| e.epoch);
     let last_epoch = epochs.last().map_or(0, |e| e.epoch);
     let skip = epochs.last().map(|e| e.skip.clone()).unwrap_or_default();
-    let mut by_line: BTreeMap<i64, (String, bool)> = BTreeMap::new();
+    let mut by_line: BTreeMap<(i64, i64), (String, bool)> = BTreeMap::new();
     for EpochChunks {
         epoch,
         skip: _,
@@ -88,16 +92,16 @@ pub(crate) fn merge(mut epochs: Vec<EpochChunks>, expected: i64) -> Result<Merge
                 epoch,
                 cause: e.to_string(),
             })?;
-            if (epoch == last_epoch) != within(&skip, line.line) {
+            if !one_answer || (epoch == last_epoch) != within(&skip, line.line) {
                 let failed = line.error.is_some_and(|e| !e.is_null());
                 by_line
-                    .entry(line.line)
+                    .entry((line.line, if one_answer { 0 } else { epoch }))
                     .or_insert_with(|| (text.to_owned(), failed));
             }
         }
     }
     let found = i64::try_from(by_line.len()).unwrap_or(i64::MAX);
-    if found != expected {
+    if found < expected || (one_answer && found > expected) {
         return Err(MergeError::Incomplete { found, expected });
     }
     let failed = i64::try_from(by_line.values().filter(|(_, failed)| *failed).count()).unwrap_or(i64::MAX);
@@ -169,7 +173,7 @@ mod tests {
             skip: vec![range(1, 2)],
             chunks: vec![answers("new", &[4, 3])],
         };
-        let merged = merge(vec![second, first], 4).unwrap();
+        let merged = merge(vec![second, first], 4, true).unwrap();
         let whos: Vec<_> = merged
             .text
             .lines()
@@ -187,7 +191,7 @@ mod tests {
             chunks: vec![answers("a", &[1])],
         };
         assert_eq!(
-            merge(vec![one], 2),
+            merge(vec![one], 2, true),
             Err(MergeError::Incomplete {
                 found: 1,
                 expected: 2
@@ -199,7 +203,7 @@ mod tests {
             chunks: vec!["{}".into()],
         };
         assert!(matches!(
-            merge(vec![bad], 1),
+            merge(vec![bad], 1, true),
             Err(MergeError::Unreadable { epoch: 1, .. })
         ));
     }
@@ -214,6 +218,7 @@ mod tests {
                 chunks: vec![chunk.into()],
             }],
             2,
+            true,
         )
         .unwrap();
         assert_eq!(merged.failed, 1);

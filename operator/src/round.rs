@@ -21,6 +21,9 @@ use gogrid_planner::{Decision, Demand, Heartbeat, JobRequest, World, must_leave,
 use kube::ResourceExt as _;
 use std::collections::{BTreeMap, BTreeSet};
 
+/// An agent's word for a staged input that is not there.
+const INPUT_MISSING: &str = "InputMissing";
+
 /// What this process remembers of a job; all of it can be found again after a crash.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Memory {
@@ -208,10 +211,15 @@ impl<'a> Round<'a> {
             Step::Stop { assignment, reason } => ("Stop", self.stop(&assignment, reason)),
             Step::Suspend => ("Suspend", self.write(job, memory, draft().suspend().done())),
             Step::Resume => ("Resume", self.write(job, memory, draft().resume().done())),
-            Step::Requeue { failure, counted } => (
-                "Requeue",
-                self.write(job, memory, draft().requeue(&failure, counted).done()),
-            ),
+            Step::Requeue { failure, counted } => {
+                let write = self.write(job, memory, draft().requeue(&failure, counted).done());
+                let epoch = job.status.as_ref().map_or(0, |s| s.epoch);
+                let absent = (current.is_none() && !write.is_empty())
+                    .then(|| Op::EnsureAbsent(names::assignment(uid, epoch)));
+                // What the agent did not find is made again before anybody looks for it a second time.
+                let stage = (failure.reason == INPUT_MISSING && !write.is_empty()).then_some(Op::Stage);
+                ("Requeue", absent.into_iter().chain(stage).chain(write).collect())
+            }
             Step::Publish => {
                 let records = current.map_or(0, |r| r.spec.inputs.iter().map(|i| i64::from(i.records)).sum());
                 (
@@ -370,6 +378,9 @@ impl<'a> Round<'a> {
     /// its agent will find the order to stop before it may wake the worker.
     fn silence(&self, runs: &[&Assignment]) -> Vec<Op> {
         let mut ops = BTreeMap::new();
+        if !self.config.layers.observed_change {
+            return vec![];
+        }
         for run in runs.iter().filter(|run| !over(run)) {
             let name = names::node_lease(&run.spec.node_name);
             let lease = self.store.leases.get(&name);

@@ -3,7 +3,7 @@
 //! Owns: a stand-in for the executor that keeps the store's own rules. Tests only.
 
 use crate::apply::Op;
-use crate::config::{Config, LogFormat};
+use crate::config::{Config, Layers, LogFormat};
 use crate::observe::{Change, LeaseInfo, NodeInfo, Observation};
 use crate::round::{Memory, Round, Work};
 use crate::store::Store;
@@ -43,6 +43,7 @@ impl Sim {
             holder: "me".into(),
             log_format: LogFormat::Text,
             concurrency: 8,
+            layers: Layers::default(),
             #[cfg(feature = "faults")]
             faults: vec![],
         };
@@ -178,6 +179,7 @@ impl Sim {
             let version = Some(self.version.to_string());
             let memory = self.memory.entry(work.uid.clone()).or_default();
             match op {
+                Op::EnsureAbsent(name) => assert!(!self.store.assignments.contains_key(&name)),
                 Op::WriteStatus(status) => {
                     self.writes += 1;
                     let mut job = self.store.jobs.get(&work.uid).unwrap().clone();
@@ -464,6 +466,63 @@ fn a_crash_between_placing_and_ordering_is_made_good_under_the_same_epoch() {
     };
     assert_eq!(again.spec, order);
     assert_eq!(sim.steps.len(), works);
+}
+
+#[test]
+fn an_order_that_this_process_has_not_seen_is_looked_up_before_it_is_called_lost() {
+    let mut sim = Sim::new();
+    sim.node("a", "s1");
+    sim.job(&json!({}));
+    sim.settle();
+    sim.agent("u-1", &json!({"state": "Running"}));
+    sim.settle();
+    assert!(
+        sim.store
+            .jobs
+            .get("u")
+            .unwrap()
+            .status
+            .clone()
+            .unwrap()
+            .lease
+            .is_some()
+    );
+    // A new leader whose watch lags behind the jobs that it reads.
+    sim.see(Observation::Assignment(Change::Listed(vec![])));
+    let round = Round {
+        store: &sim.store,
+        memory: &sim.memory,
+        busy: &BTreeMap::new(),
+        has_inputs: &sim.has_inputs,
+        missing_since: &sim.missing_since,
+        config: &sim.config,
+        now: Millis(sim.now),
+        wall: WALL,
+        term: 1,
+    };
+    let works = round.works();
+    let [Op::EnsureAbsent(name), Op::WriteStatus(_)] = &works[0].ops[..] else {
+        panic!("{:?}", works[0].ops)
+    };
+    assert_eq!(name, "u-1");
+}
+
+#[test]
+fn an_input_that_an_agent_did_not_find_is_staged_again_before_the_next_attempt() {
+    let mut sim = Sim::new();
+    sim.node("a", "s1");
+    sim.job(&json!({}));
+    sim.settle();
+    sim.agent("u-1", &json!({"state": "Failed", "failure": {"reason": "InputMissing", "message": "no", "retryable": true}}));
+    let before = sim.steps.len();
+    sim.has_inputs.clear();
+    sim.settle();
+    assert!(
+        sim.steps[before..].contains(&"Requeue".to_owned()),
+        "{:?}",
+        sim.steps
+    );
+    assert!(sim.has_inputs.contains("u"));
 }
 
 #[test]

@@ -202,6 +202,15 @@ impl Store {
         }
     }
 
+    /// Takes all assignments as they were just read: what was not found is gone.
+    pub(crate) fn reread_assignments(&mut self, all: Vec<Assignment>) {
+        let there: BTreeSet<String> = all.iter().map(kube::ResourceExt::name_any).collect();
+        self.assignments.retain(|name, _| there.contains(name));
+        for assignment in all {
+            self.put_assignment(assignment);
+        }
+    }
+
     pub(crate) fn drop_job(&mut self, job_uid: &str) {
         self.jobs.remove(job_uid);
         self.remember_gone(job_uid);

@@ -321,8 +321,9 @@ pub fn next(view: &View<'_>) -> Next {
         };
         let seconds = backoff_seconds(status.attempts).max(least);
         let retry_at = since(conditions::PLACED).map(|t| t + seconds);
+        // A pause that seems longer than it is comes of a clock that was set back: it has been served.
         if seconds > 0
-            && let Some(at) = retry_at.filter(|at| *at > view.now)
+            && let Some(at) = retry_at.filter(|at| (1..=seconds).contains(&(at - view.now)))
         {
             let reason = Reason::BackingOff {
                 attempts: status.attempts,

@@ -52,6 +52,8 @@ pub struct Liveness {
     ticked: Millis,
     /// When nodes were given up within the last lease.
     losses: Vec<Millis>,
+    /// Whether a node is given time after the operator was blind.
+    patient: bool,
 }
 
 impl Liveness {
@@ -63,6 +65,16 @@ impl Liveness {
             sighted: now,
             ticked: now,
             losses: vec![],
+            patient: true,
+        }
+    }
+
+    /// The same without patience after blindness: for simulations that show what it is for. No flag leads here.
+    #[must_use]
+    pub fn hasty(self) -> Self {
+        Self {
+            patient: false,
+            ..self
         }
     }
 
@@ -110,7 +122,9 @@ impl Liveness {
 
     /// Something may have been missed up to now.
     pub fn blind(&mut self, now: Millis) {
-        self.sighted = now;
+        if self.patient {
+            self.sighted = now;
+        }
     }
 
     /// Called at every turn of the loop: a long gap means the operator itself stood still. Gives silent nodes up, the

@@ -315,6 +315,16 @@ fn a_job_that_another_controller_manages_is_never_touched() {
 }
 
 #[test]
+fn a_clock_set_back_an_hour_keeps_no_job_waiting_for_an_hour() {
+    let failed = |since| {
+        let status = json!({"epoch": 3, "attempts": 3, "conditions": [condition("Placed", "False", since)]});
+        Case::new(job(&json!({}), &status), vec![]).step()
+    };
+    assert!(matches!(failed(NOW), Step::Wait(_)));
+    assert_eq!(failed(NOW + 3600), Step::Place);
+}
+
+#[test]
 fn a_repeated_attempt_waits_longer_each_time() {
     let status = json!({"epoch": 3, "attempts": 3, "conditions": [condition("Placed", "False", NOW - 2)]});
     let mut case = Case::new(job(&json!({}), &status), vec![]);
