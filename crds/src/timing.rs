@@ -8,6 +8,8 @@ use crate::Millis;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LeaseTiming {
     lease: Millis,
+    fence_after: Millis,
+    drift_margin: Millis,
 }
 
 /// The asked-for lease length is outside 2 to 400 s.
@@ -17,20 +19,37 @@ pub struct LeaseTimingError(u64);
 
 impl Default for LeaseTiming {
     fn default() -> Self {
-        Self {
-            lease: Millis(40_000),
-        }
+        Self::of(Millis(40_000))
     }
 }
 
 impl LeaseTiming {
+    fn of(lease: Millis) -> Self {
+        Self {
+            lease,
+            fence_after: Millis(lease.0 - lease.0 / 8),
+            drift_margin: Millis(lease.0 / 8),
+        }
+    }
+
+    /// The same with a fence at another time after the last good renewal, and another wait after a lease's end: for
+    /// simulations that show what the two are for. No flag leads here.
+    #[must_use]
+    pub fn with_margins(self, fence_after: Millis, drift_margin: Millis) -> Self {
+        Self {
+            lease: self.lease,
+            fence_after,
+            drift_margin,
+        }
+    }
+
     /// Timing around a node lease of that length; 40 s in production, shorter in tests, all ratios kept.
     ///
     /// # Errors
     /// Outside 2 s to 400 s.
     pub fn from_lease(lease: Millis) -> Result<Self, LeaseTimingError> {
         if (2_000..=400_000).contains(&lease.0) {
-            Ok(Self { lease })
+            Ok(Self::of(lease))
         } else {
             Err(LeaseTimingError(lease.0))
         }
@@ -53,17 +72,17 @@ impl LeaseTiming {
 
     /// How long before the lease's end a worker is stopped (5 s).
     pub fn stop_margin(self) -> Millis {
-        Millis(self.lease.0 / 8)
+        Millis(self.lease.0.saturating_sub(self.fence_after.0))
     }
 
     /// How long after the lease's end the operator waits more, for clocks that drift (5 s).
     pub fn drift_margin(self) -> Millis {
-        Millis(self.lease.0 / 8)
+        self.drift_margin
     }
 
     /// From the sending of the last good renewal to the fence (35 s).
     pub fn fence_after(self) -> Millis {
-        Millis(self.lease.0 - self.stop_margin().0)
+        self.fence_after
     }
 
     /// From the last observed change of a lease to placing elsewhere (45 s).

@@ -13,7 +13,7 @@ use crate::presets;
 use crate::profiles;
 use crate::round::{Memory, Round, Work};
 use crate::store::{Claim, Store};
-use crate::telemetry::{self, Telemetry};
+use crate::telemetry::Telemetry;
 use gogrid_api::{Assignment, Millis, ResourceProfile, names};
 use gogrid_planner::liveness::Liveness;
 use std::collections::{BTreeMap, BTreeSet};

@@ -45,8 +45,10 @@ const ARROWS: [(&str, &[&str]); 14] = [
         SCENARIOS,
         &[
             "gogrid-api",
+            "gogrid-agent",
             "gogrid-agent-core",
             "gogrid-gguf",
+            "gogrid-operator",
             "gogrid-planner",
             "gogrid-reference",
             "gogrid-simnvml",
