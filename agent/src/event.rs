@@ -5,13 +5,14 @@
 use crate::lease::LeaseEvent;
 use crate::link::Link;
 use crate::models::Obtained;
+use gogrid_agent_core::adaptive::Sample;
 use gogrid_agent_core::driver::View;
 use gogrid_agent_core::protocol::{FromPool, FromWorker, WorkerId};
 use gogrid_api::assignment::ModelFacts;
 use gogrid_api::effective::NamedProfile;
 use gogrid_api::job::Failure;
 use gogrid_api::node::{Backend, Device, HeldModel};
-use gogrid_api::{Assignment, GpuNodeStatus};
+use gogrid_api::{Assignment, Bytes, GpuNodeStatus};
 use std::collections::BTreeMap;
 use tokio::sync::{mpsc, oneshot};
 
@@ -116,6 +117,10 @@ pub enum Event {
     Devices(Backend, Vec<Device>),
     /// The driver and its devices as measured.
     Driver(Box<View>),
+    /// A device was looked at for the load of others.
+    Sensed(String, Sample),
+    /// Memory that processes of ours hold, by process id.
+    Resident(BTreeMap<i32, Bytes>),
     /// End in good order.
     Shutdown,
 }

@@ -17,6 +17,7 @@ mod link_tests;
 pub mod metrics;
 pub mod models;
 mod owner;
+mod pressure;
 mod previous;
 mod spawner;
 mod start;

@@ -5,6 +5,7 @@
 
 use crate::clock::{Host as _, Machine};
 use crate::event::{Event, Greeting, Hub};
+use crate::pressure::PoolProcess;
 use gogrid_agent_core::protocol::{
     FrameError, FromPool, FromWorker, Hello, PROTOCOL_VERSION, Role, ToPool, ToWorker, WorkerId, body_length,
     decode, encode,
@@ -131,7 +132,7 @@ pub(crate) fn bind(path: &Path, shared: bool) -> io::Result<UnixListener> {
 }
 
 /// Accepts peers for ever.
-pub(crate) async fn listen(listener: UnixListener, hub: Hub, allowed: Vec<u32>) {
+pub(crate) async fn listen(listener: UnixListener, hub: Hub, allowed: Vec<u32>, pool: PoolProcess) {
     let peers = Arc::new(AtomicU32::new(0));
     loop {
         let stream = match listener.accept().await {
@@ -148,8 +149,9 @@ pub(crate) async fn listen(listener: UnixListener, hub: Hub, allowed: Vec<u32>) 
             continue;
         }
         let (hub, allowed, peers) = (hub.clone(), allowed.clone(), Arc::clone(&peers));
+        let pool = pool.clone();
         tokio::spawn(async move {
-            if let Err(error) = serve(stream, &hub, &allowed).await {
+            if let Err(error) = serve(stream, &hub, &allowed, &pool).await {
                 tracing::warn!(%error, "peer cut off");
             }
             peers.fetch_sub(1, Ordering::Relaxed);
@@ -157,8 +159,9 @@ pub(crate) async fn listen(listener: UnixListener, hub: Hub, allowed: Vec<u32>) 
     }
 }
 
-async fn serve(stream: UnixStream, hub: &Hub, allowed: &[u32]) -> Result<(), LinkError> {
-    let user = stream.peer_cred()?.uid();
+async fn serve(stream: UnixStream, hub: &Hub, allowed: &[u32], pool: &PoolProcess) -> Result<(), LinkError> {
+    let peer = stream.peer_cred()?;
+    let user = peer.uid();
     if !allowed.contains(&user) {
         return Err(LinkError::User(user));
     }
@@ -173,6 +176,7 @@ async fn serve(stream: UnixStream, hub: &Hub, allowed: &[u32]) -> Result<(), Lin
     let writer = tokio::spawn(write_all(write, queue));
     let result = match role {
         Role::Pool { alive } => {
+            pool.set(peer.pid());
             hub.send(Event::PoolHello { alive, user, link }).await;
             let result = from_pool(&mut read, hub).await;
             hub.send(Event::PoolLost).await;

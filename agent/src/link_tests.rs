@@ -2,6 +2,7 @@
 
 use crate::event::{Event, Hub};
 use crate::link::{Link, bind, listen};
+use crate::pressure::PoolProcess;
 use gogrid_agent_core::protocol::{
     FromWorker, Hello, MAX_FRAME_BYTES, PROTOCOL_VERSION, Role, ToWorker, body_length, decode, encode,
 };
@@ -24,7 +25,12 @@ impl Agent {
     fn start(allowed: Vec<u32>) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let (hub, events) = Hub::new();
-        tokio::spawn(listen(bind(&dir.path().join("s"), false).unwrap(), hub, allowed));
+        tokio::spawn(listen(
+            bind(&dir.path().join("s"), false).unwrap(),
+            hub,
+            allowed,
+            PoolProcess::default(),
+        ));
         Self { dir, events }
     }
 

@@ -65,6 +65,13 @@ pub struct Metrics {
     pub(crate) share: GaugeVec,
     busy: CounterVec,
     waited: CounterVec,
+    record_wait: Histogram,
+    /// Load that others put on a device, in permille; -1 where it can't be told.
+    pub(crate) foreign: IntGaugeVec,
+    /// Turns of the shares that yield, by device and what they do since.
+    pub(crate) turns: IntCounterVec,
+    /// Rungs of the watchdog of device memory that were stepped on.
+    pub(crate) rungs: IntCounterVec,
     /// Models being read or downloaded.
     pub(crate) obtaining: IntGauge,
     /// Bytes of models read or downloaded.
@@ -185,6 +192,27 @@ impl Metrics {
                 "gogrid_throttle_wait_seconds_total",
                 "Time that workers waited for their share of the device.",
             )?,
+            record_wait: Histogram::with_opts(
+                HistogramOpts::new(
+                    "gogrid_record_wait_seconds",
+                    "Time of one record from being sent to its worker to its start: interval, share and batch together.",
+                )
+                .buckets(REQUEST_BUCKETS.to_vec()),
+            )?,
+            foreign: gauges(
+                "gogrid_device_foreign_load_permille",
+                "Load that others put on the device, in permille of it; -1 where it can't be told.",
+            )?,
+            turns: counters(
+                "gogrid_adaptive_turns_total",
+                "Turns of the device's share that yields: Full, Yielding, Climbing, Blind.",
+                &["device", "mood"],
+            )?,
+            rungs: counters(
+                "gogrid_vram_watchdog_rungs_total",
+                "Rungs of the watchdog of device memory: StopAdmitting, Shed, Drain, Kill, and Clear again.",
+                &["rung"],
+            )?,
             obtaining: IntGauge::new(
                 "gogrid_models_obtaining",
                 "Models being downloaded, or read and hashed, now.",
@@ -256,13 +284,18 @@ impl Metrics {
             share,
             busy,
             waited,
+            record_wait,
+            foreign,
+            turns,
+            rungs,
             obtaining,
             model_bytes,
             model_failures,
             driver_silences,
             breaches,
         } = self;
-        let mut all: Vec<Box<dyn Collector>> = vec![Box::new(request_seconds.clone())];
+        let mut all: Vec<Box<dyn Collector>> =
+            vec![Box::new(request_seconds.clone()), Box::new(record_wait.clone())];
         for gauge in [heartbeat, jobs, fenced, obtaining] {
             all.push(Box::new(gauge.clone()));
         }
@@ -275,6 +308,7 @@ impl Metrics {
             memory_foreign,
             memory_free,
             healthy,
+            foreign,
         ] {
             all.push(Box::new(gauges.clone()));
         }
@@ -284,7 +318,16 @@ impl Metrics {
         for times in [busy, waited] {
             all.push(Box::new(times.clone()));
         }
-        for counters in [renewals, writes, records, ends, model_failures, driver_silences] {
+        for counters in [
+            renewals,
+            writes,
+            records,
+            ends,
+            model_failures,
+            driver_silences,
+            turns,
+            rungs,
+        ] {
             all.push(Box::new(counters.clone()));
         }
         for counter in [prompt_tokens, tokens, model_bytes, breaches] {
@@ -302,6 +345,12 @@ impl Metrics {
         self.waited
             .with_label_values(&[device])
             .inc_by(seconds(before.waited, now.waited));
+    }
+
+    /// A record has begun that long after it was sent.
+    pub(crate) fn began(&self, waited: u64) {
+        self.record_wait
+            .observe(Duration::from_nanos(waited).as_secs_f64());
     }
 
     /// A record that was answered.

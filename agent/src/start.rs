@@ -7,7 +7,7 @@ use crate::clock::{Host, Machine};
 use crate::config::Config;
 use crate::event::{Event, Hub};
 use crate::metrics::{self, Metrics};
-use crate::{Agent, End, devices, kube_client, link, models, previous, spawner};
+use crate::{Agent, End, devices, kube_client, link, models, pressure, previous, spawner};
 use gogrid_agent_core::driver::watch::Timing;
 use gogrid_agent_core::session::Session;
 use std::error::Error;
@@ -75,7 +75,10 @@ pub async fn run(config: Config, heavy: tokio::runtime::Handle) -> Result<(End, 
     let own = rustix::process::geteuid().as_raw();
     let external = config.worker_binary.is_none();
     let listener = link::bind(&config.socket, external).step("the socket")?;
-    tokio::spawn(link::listen(listener, hub.clone(), vec![own, config.pool_uid]));
+    let pool = pressure::PoolProcess::default();
+    let users = vec![own, config.pool_uid];
+    tokio::spawn(link::listen(listener, hub.clone(), users, pool.clone()));
+    tokio::spawn(pressure::sense(Arc::clone(&host), pool, hub.clone()));
     let processes = config
         .worker_binary
         .as_ref()

@@ -301,6 +301,18 @@ pub struct ModelFacts {
     pub kv_bytes_per_token: i64,
 }
 
+/// Something about a running assignment that its job should say.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Notice {
+    /// One CamelCase word.
+    #[schemars(length(min = 1, max = 64), regex(pattern = r"^[A-Z][A-Za-z0-9]*$"))]
+    pub reason: String,
+    /// A sentence with the numbers.
+    #[schemars(length(max = 256))]
+    pub message: String,
+}
+
 /// The agent's answer.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
@@ -327,6 +339,12 @@ pub struct AssignmentStatus {
     /// Results that are durable.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub checkpoint: Option<Checkpoint>,
+    /// It gets less of its device's time than its profile allows, and why.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub throttled: Option<Notice>,
+    /// It holds more device memory than it may, and what is done about it.
+    #[serde(default, rename = "vramExceeded", skip_serializing_if = "Option::is_none")]
+    pub vram_exceeded: Option<Notice>,
     /// Why it failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failure: Option<Failure>,

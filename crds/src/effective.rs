@@ -28,6 +28,26 @@ pub struct Limits {
     pub io_level: u8,
     /// Sequences decoded together on a device.
     pub max_batch: u16,
+    /// How the share of a device's time yields to others; `None`: it is fixed.
+    pub yielding: Option<Yielding>,
+}
+
+/// How a share yields to other people's work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Yielding {
+    /// Foreign load of a device above which the share falls.
+    pub foreign: Percent,
+    /// Share kept meanwhile.
+    pub floor: Percent,
+}
+
+impl Yielding {
+    fn tightened_by(self, other: Self) -> Self {
+        Self {
+            foreign: self.foreign.min(other.foreign),
+            floor: self.floor.min(other.floor),
+        }
+    }
 }
 
 /// A field of a profile that this version does not enforce, or that can't be read.
@@ -95,12 +115,20 @@ impl TryFrom<&ResourceProfileSpec> for Limits {
                 value: weight.to_string(),
             });
         }
-        if adaptive.mode != AdaptiveMode::Disabled {
-            return Err(ProfileError::Unsupported {
-                field: "spec.adaptive.mode",
-                value: format!("{:?}", adaptive.mode),
-            });
-        }
+        let yielding = Yielding {
+            foreign: Percent(bounded(
+                "spec.adaptive.foreignLoadPercent",
+                adaptive.foreign_load_percent,
+                1..=100,
+                "1 to 100",
+            )?),
+            floor: Percent(bounded(
+                "spec.adaptive.floorPercent",
+                adaptive.floor_percent,
+                1..=100,
+                "1 to 100",
+            )?),
+        };
         let bytes = |field, quantity: &Option<crate::ByteQuantity>| {
             quantity
                 .as_ref()
@@ -133,6 +161,7 @@ impl TryFrom<&ResourceProfileSpec> for Limits {
             io_class: io.class,
             io_level: bounded("spec.io.level", io.level, 0..=7, "0 to 7")?,
             max_batch: bounded("spec.maxBatchSize", *max_batch_size, 1..=256, "1 to 256")?,
+            yielding: (adaptive.mode == AdaptiveMode::ForeignLoad).then_some(yielding),
         })
     }
 }
@@ -160,6 +189,7 @@ impl Limits {
             io_class,
             io_level,
             max_batch,
+            yielding,
         } = other;
         let kindest_io = match self.io_class.cmp(io_class) {
             std::cmp::Ordering::Greater => (self.io_class, self.io_level),
@@ -179,6 +209,10 @@ impl Limits {
             io_class: kindest_io.0,
             io_level: kindest_io.1,
             max_batch: self.max_batch.min(*max_batch),
+            yielding: match (self.yielding, *yielding) {
+                (Some(a), Some(b)) => Some(a.tightened_by(b)),
+                (a, b) => a.or(b),
+            },
         }
     }
 }

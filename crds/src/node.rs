@@ -68,7 +68,7 @@ pub struct Device {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Enforcement {
-    /// Which limit: `vram`, `compute`, `requestInterval`, `niceness`, `io`, `batch`.
+    /// Which limit: `vram`, `compute`, `adaptive`, `requestInterval`, `niceness`, `io`, `batch`.
     #[schemars(length(min = 1, max = 32))]
     pub limit: String,
     /// What the profile asks for.

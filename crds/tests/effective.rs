@@ -7,8 +7,8 @@
     reason = "a test ends by panicking"
 )]
 
-use gogrid_api::effective::{EffectiveProfileError, Limits, NamedProfile, effective_profile};
-use gogrid_api::profile::{CONSERVATIVE, IoClass, ResourceProfileSpec, presets};
+use gogrid_api::effective::{EffectiveProfileError, Limits, NamedProfile, Yielding, effective_profile};
+use gogrid_api::profile::{AdaptiveMode, CONSERVATIVE, IoClass, ResourceProfileSpec, presets};
 use gogrid_api::{ByteQuantity, Bytes, Percent};
 use proptest::prelude::*;
 use std::collections::BTreeMap;
@@ -34,10 +34,11 @@ fn spec() -> impl Strategy<Value = ResourceProfileSpec> {
         0..=7_i32,
         1..=256_i32,
         selector,
-        0..3_i32,
+        (0..3_i32, any::<bool>(), 1..=100_i32, 1..=100_i32),
     )
         .prop_map(
-            |(vram, max, reserve, compute, interval, niceness, class, level, batch, selector, precedence)| {
+            |(vram, max, reserve, compute, interval, niceness, class, level, batch, selector, rest)| {
+                let (precedence, yields, foreign, floor) = rest;
                 let [(_, mut spec), ..] = presets();
                 spec.vram.max_percent = vram;
                 spec.vram.max = max;
@@ -50,6 +51,13 @@ fn spec() -> impl Strategy<Value = ResourceProfileSpec> {
                 spec.max_batch_size = batch;
                 spec.node_selector = selector;
                 spec.precedence = precedence;
+                spec.adaptive.mode = if yields {
+                    AdaptiveMode::ForeignLoad
+                } else {
+                    AdaptiveMode::Disabled
+                };
+                spec.adaptive.foreign_load_percent = foreign;
+                spec.adaptive.floor_percent = floor;
                 spec
             },
         )
@@ -78,6 +86,11 @@ fn at_most(a: &Limits, b: &Limits) -> bool {
         && a.io_class >= b.io_class
         && (a.io_class != b.io_class || a.io_level >= b.io_level)
         && a.max_batch <= b.max_batch
+        && match (a.yielding, b.yielding) {
+            (_, None) => true,
+            (None, Some(_)) => false,
+            (Some(a), Some(b)) => a.foreign <= b.foreign && a.floor <= b.floor,
+        }
 }
 
 proptest! {
@@ -167,6 +180,16 @@ fn what_is_not_enforced_yet_is_refused_by_name_and_value() {
         panic!("not refused");
     };
     assert!(source.to_string().contains("spec.cpu.weight = 7"), "{source}");
+}
+
+#[test]
+fn conservative_and_default_yield_to_others_and_aggressive_does_not() {
+    let yielding = presets().map(|(_, spec)| Limits::try_from(&spec).unwrap().yielding);
+    let yields = Some(Yielding {
+        foreign: Percent(20),
+        floor: Percent(5),
+    });
+    assert_eq!(yielding, [yields, yields, None]);
 }
 
 #[test]

@@ -91,6 +91,15 @@ pub(crate) fn between(old: Option<&InferenceJobStatus>, new: &InferenceJobStatus
     if turned(conditions::LOADED) {
         tell(false, "Started", &message(conditions::LOADED));
     }
+    for (type_, event) in [
+        (conditions::THROTTLED, "Throttled"),
+        (conditions::VRAM_EXCEEDED, "VRAMExceeded"),
+    ] {
+        // Each rung of the watchdog is news, not only the first.
+        if is_true(&new.conditions, type_) && reason(new, type_) != reason(old, type_) {
+            tell(true, event, &message(type_));
+        }
+    }
     if turned(conditions::SUSPENDED) {
         tell(false, "Suspended", &message(conditions::SUSPENDED));
     }

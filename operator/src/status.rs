@@ -249,6 +249,26 @@ impl Draft {
         if let Some(progress) = newest {
             self.status.progress = Some(progress);
         }
+        let notices = [
+            (
+                conditions::THROTTLED,
+                status.throttled,
+                "NotThrottled",
+                "it gets what its profile allows",
+            ),
+            (
+                conditions::VRAM_EXCEEDED,
+                status.vram_exceeded,
+                "WithinLimit",
+                "it keeps to its device memory",
+            ),
+        ];
+        for (type_, notice, word, message) in notices {
+            match notice {
+                Some(notice) => self.set(type_, True, &notice.reason, &notice.message),
+                None => self.unset(type_, word, message),
+            }
+        }
         self.status.download = status.download;
         if status.measured.is_some() {
             self.status.measured = status.measured;
@@ -273,6 +293,8 @@ impl Draft {
     fn release(&mut self, word: &str) {
         self.unset(conditions::LOADED, word, "nothing is loaded");
         self.unset(conditions::LEASE_HELD, word, "nothing runs");
+        self.unset(conditions::THROTTLED, word, "nothing runs");
+        self.unset(conditions::VRAM_EXCEEDED, word, "nothing runs");
         self.status.lease = None;
         self.status.download = None;
         self.status.candidates.clear();

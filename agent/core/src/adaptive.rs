@@ -7,8 +7,12 @@
 //! spell it climbs by [`RISE_PERMILLE`] a second. A load that comes back soon after a climb makes the next quiet spell
 //! twice as long, so that a machine in use is not tried again and again.
 
+pub mod cpu;
+
 use crate::session::{Nanos, nanos};
+use crate::shares::permille;
 use gogrid_api::Millis;
+use gogrid_api::effective::Limits;
 
 /// Samples of a device are to come at least this often; the reaction times hold only then.
 pub const SAMPLE_EVERY: Millis = Millis(500);
@@ -46,6 +50,18 @@ pub struct Settings {
     pub floor: u16,
     /// Foreign load above which the share falls.
     pub threshold: u16,
+}
+
+impl Settings {
+    /// What a profile's limits ask for; nothing where its share is fixed.
+    pub fn of(limits: &Limits) -> Option<Self> {
+        let yielding = limits.yielding?;
+        Some(Self {
+            ceiling: permille(limits.compute_percent),
+            floor: permille(yielding.floor),
+            threshold: permille(yielding.foreign),
+        })
+    }
 }
 
 /// What a device's share does now, and why.

@@ -184,14 +184,14 @@ impl Feed {
         Some((line, text))
     }
 
-    /// The worker has begun a record.
+    /// The worker has begun a record; returns when that was sent.
     ///
     /// # Errors
     /// [`FeedError::NotAsked`].
-    pub fn started(&mut self, line: u64) -> Result<(), FeedError> {
+    pub fn started(&mut self, line: u64) -> Result<Nanos, FeedError> {
         let sent = self.outstanding.get_mut(&line).ok_or(FeedError::NotAsked(line))?;
         sent.started = true;
-        Ok(())
+        Ok(sent.at)
     }
 
     /// The worker has answered a record.

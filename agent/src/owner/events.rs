@@ -82,6 +82,8 @@ impl Owner {
                 self.driver_seen(View::of(devices), now);
             }
             Event::Driver(view) => self.driver_seen(*view, now),
+            Event::Sensed(device, sample) => self.sensed(&device, sample),
+            Event::Resident(resident) => self.resident(&resident),
             Event::Shutdown => {
                 tracing::info!("told to end: draining workers");
                 self.shutdown
@@ -257,6 +259,12 @@ impl Owner {
                 let assignment = self.workers.get(&worker);
                 tracing::info!(worker, pid, assignment, "worker started");
                 self.pids.insert(worker, pid);
+                // A pool of our own lives in our PID namespace; another one's numbers mean nothing here.
+                if self.tools.processes.is_some()
+                    && let Some(work) = self.workers.get(&worker).and_then(|n| self.work.get_mut(n))
+                {
+                    work.pid = i32::try_from(pid).ok();
+                }
                 if let Some(processes) = self.tools.processes.clone() {
                     // A file write: short, but not for the owner's loop.
                     tokio::task::spawn_blocking(move || {
@@ -313,9 +321,15 @@ impl Owner {
         let Some(name) = self.workers.remove(&worker) else {
             return;
         };
+        for grants in self.out.values_mut() {
+            grants.ended(worker);
+        }
         if let Some(work) = self.work.get_mut(&name) {
             work.link = None;
             work.nonce = None;
+            work.pid = None;
+            work.resident = None;
+            work.before_load = None;
         }
         let Some(job) = self.jobs.get_mut(&name) else {
             return;
@@ -427,7 +441,8 @@ impl Owner {
                 }
             }
             FromWorker::Started { line, at } => match work.feed.started(line) {
-                Ok(()) => {
+                Ok(sent_at) => {
+                    self.tools.metrics.began(at.min(now).saturating_sub(sent_at));
                     let device = work.device.clone();
                     // Its own word, but never from the future.
                     self.last_start.insert(device, at.min(now));

@@ -10,6 +10,7 @@ use gogrid_agent_core::plan::Phase;
 use gogrid_agent_core::protocol::ToWorker;
 use gogrid_agent_core::session::{Nanos, Standing, nanos};
 use gogrid_agent_core::shares::window;
+use gogrid_agent_core::watchdog::Rung;
 use gogrid_api::assignment::{ModelFacts, State};
 use gogrid_api::job::Failure;
 use std::sync::Arc;
@@ -185,7 +186,10 @@ impl Owner {
                     && j.failure.is_none()
                     && !j.fenced
                     && !j.killed
-            })
+            }) && owner
+                .work
+                .get(name)
+                .is_some_and(|work| work.ladder.rung() == Rung::Clear)
         };
         let names: Vec<String> = self.work.keys().filter(|n| ready(self, n)).cloned().collect();
         for name in &names {

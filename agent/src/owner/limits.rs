@@ -6,10 +6,11 @@
 use super::Owner;
 use crate::clock::wall_seconds;
 use gogrid_agent_core::plan::Phase;
-use gogrid_agent_core::protocol::{IoPriority, Readback, ToWorker, WorkerLimits};
+use gogrid_agent_core::protocol::{IoPriority, Readback, ToWorker, WorkerId, WorkerLimits};
 use gogrid_agent_core::session::{Nanos, Standing, nanos};
-use gogrid_agent_core::shares::{Claim, batch_each, divide, permille};
+use gogrid_agent_core::shares::{Claim, batch_each, divide};
 use gogrid_agent_core::vram::{Own, Reading};
+use gogrid_agent_core::watchdog::Rung;
 use gogrid_api::effective::{EffectiveProfile, EffectiveProfileError, Limits};
 use gogrid_api::job::Failure;
 use gogrid_api::names::CPU_DEVICE;
@@ -18,10 +19,18 @@ use gogrid_api::profile::IoClass;
 use gogrid_api::{Bytes, effective_profile};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// How long a share lasts.
-const SHARE_NANOS: Nanos = 1_000_000_000;
+/// How long a share lasts; another worker grows into one that shrank only then.
+const SHARE_NANOS: Nanos = 750_000_000;
 /// Between two grants that nothing else causes.
 const GRANT_NANOS: Nanos = 240_000_000;
+
+/// What the workers of one device share, in permille of its time.
+struct DeviceShares {
+    device: String,
+    ceiling: u16,
+    /// Worker, assignment, share; those that shrink first.
+    workers: Vec<(WorkerId, String, u16)>,
+}
 
 impl Owner {
     /// What a job with that profile may take here; the node's own where its profile can't be read.
@@ -58,6 +67,7 @@ impl Owner {
         self.find_obstacles();
         self.set_caps();
         self.push_limits();
+        self.keep_laws();
         self.limits_applied();
     }
 
@@ -81,6 +91,7 @@ impl Owner {
         }
         self.set_caps();
         self.push_limits();
+        self.keep_laws();
     }
 
     /// Memory that our workers really hold on a device, as far as it is known; never more than they reserved.
@@ -113,6 +124,7 @@ impl Owner {
             work.effective = effective;
         }
         self.push_limits();
+        self.keep_laws();
     }
 
     /// Sends every worker its limits where they differ from those it has.
@@ -149,7 +161,11 @@ impl Owner {
                 1
             };
             let sequences = u16::try_from(work.spec.parallel_sequences).unwrap_or(1).max(1);
-            let batch = batch_each(effective.limits.max_batch, workers).min(sequences);
+            let batch = if work.ladder.rung() >= Rung::Shed {
+                1
+            } else {
+                batch_each(effective.limits.max_batch, workers).min(sequences)
+            };
             let generation = work.limits.as_ref().map_or(1, |l| l.generation);
             let mut limits = worker_limits(&effective.limits, generation, batch, threads);
             if work.limits.as_ref() != Some(&limits) {
@@ -222,8 +238,9 @@ impl Owner {
         }
     }
 
-    fn shares(&self) -> Vec<(String, u16)> {
-        let mut by_device: BTreeMap<&str, Vec<(u64, &String, Claim)>> = BTreeMap::new();
+    /// What the workers of each device are to share, and who gets what of it.
+    fn shares(&self) -> Vec<DeviceShares> {
+        let mut by_device: BTreeMap<&str, Vec<(&String, Claim)>> = BTreeMap::new();
         for (name, work) in &self.work {
             let Some(job) = self.jobs.get(name) else { continue };
             let (Some(worker), Some(effective), true) = (job.worker, &work.effective, work.link.is_some())
@@ -234,27 +251,27 @@ impl Owner {
             let active = !job.killed && (loading || work.feed.outstanding() > 0);
             let claim = Claim {
                 worker,
-                most: permille(effective.limits.compute_percent),
+                most: Self::job_share(work, &effective.limits),
                 active,
             };
-            by_device
-                .entry(&work.device)
-                .or_default()
-                .push((worker, name, claim));
+            by_device.entry(&work.device).or_default().push((name, claim));
         }
         let Some(node) = self.ceiling() else { return vec![] };
-        let ceiling = permille(node.ceiling.compute_percent);
         let mut shares = vec![];
-        for claims in by_device.values() {
-            let only: Vec<Claim> = claims.iter().map(|(_, _, c)| *c).collect();
+        for (device, claims) in by_device {
+            let ceiling = self.device_share(device, &node.ceiling);
+            let only: Vec<Claim> = claims.iter().map(|(_, c)| *c).collect();
             let mut divided = divide(ceiling, &only);
-            // Those that shrink come first, so that no moment sees more than the ceiling.
             divided.sort_by_key(|(_, share)| *share);
-            for (worker, share) in divided {
-                if let Some((_, name, _)) = claims.iter().find(|(w, _, _)| *w == worker) {
-                    shares.push(((*name).clone(), share));
-                }
-            }
+            let named = divided.into_iter().filter_map(|(worker, share)| {
+                let (name, _) = claims.iter().find(|(_, c)| c.worker == worker)?;
+                Some((worker, (*name).clone(), share))
+            });
+            shares.push(DeviceShares {
+                device: device.to_owned(),
+                ceiling,
+                workers: named.collect(),
+            });
         }
         shares
     }
@@ -262,7 +279,8 @@ impl Owner {
     fn shares_moved(&self) -> bool {
         self.shares()
             .iter()
-            .any(|(name, share)| self.work.get(name).is_some_and(|w| w.share != *share))
+            .flat_map(|device| &device.workers)
+            .any(|(_, name, share)| self.work.get(name).is_some_and(|w| w.wanted != *share))
     }
 
     /// Fence and share to every worker, for as long as the lease is held.
@@ -275,21 +293,32 @@ impl Owner {
         else {
             return;
         };
-        for (name, share) in self.shares() {
-            let stopped = self.jobs.get(&name).is_some_and(|j| j.fenced && !j.confirmed);
-            let Some(work) = self.work.get_mut(&name).filter(|_| !stopped) else {
-                continue;
-            };
-            let expires_at = now.saturating_add(SHARE_NANOS);
-            if let Some(link) = &work.link {
-                // A worker that does not read loses its share and, in the end, its fence: nothing to add here.
-                let _ = link.worker(&ToWorker::Grant {
-                    fence_at,
-                    share_permille: share,
-                    expires_at,
-                });
+        let expires_at = now.saturating_add(SHARE_NANOS);
+        for DeviceShares {
+            device,
+            ceiling,
+            workers: mut shares,
+        } in self.shares()
+        {
+            // One that stands still behind its fence acts on nothing.
+            shares.retain(|(_, name, _)| self.jobs.get(name).is_some_and(|j| !j.fenced || j.confirmed));
+            let wanted: Vec<(WorkerId, u16)> = shares.iter().map(|(w, _, share)| (*w, *share)).collect();
+            let out = self.out.entry(device).or_default();
+            let issued = out.issue(now, expires_at, ceiling, &wanted);
+            for ((_, name, wanted), (_, share)) in shares.iter().zip(issued) {
+                let Some(work) = self.work.get_mut(name) else {
+                    continue;
+                };
+                if let Some(link) = &work.link {
+                    // A worker that does not read loses its share and, in the end, its fence: nothing to add here.
+                    let _ = link.worker(&ToWorker::Grant {
+                        fence_at,
+                        share_permille: share,
+                        expires_at,
+                    });
+                }
+                (work.share, work.wanted) = (share, *wanted);
             }
-            work.share = share;
         }
     }
 }

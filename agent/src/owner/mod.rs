@@ -7,11 +7,13 @@ mod devices;
 mod events;
 mod feeding;
 mod limits;
+mod memory;
 mod node;
 mod steps;
 mod telemetry;
 mod work;
 mod workers;
+mod yielding;
 
 use crate::api::Calls;
 use crate::clock::Host;
@@ -27,6 +29,7 @@ use gogrid_agent_core::plan::{Context, Job, Order, Phase, plan};
 use gogrid_agent_core::protocol::WorkerId;
 use gogrid_agent_core::report::Pace;
 use gogrid_agent_core::session::{Nanos, Renewals, Standing};
+use gogrid_agent_core::shares::Outstanding;
 use gogrid_agent_core::vram::Ledger;
 use gogrid_api::GpuNodeStatus;
 use gogrid_api::effective::NamedProfile;
@@ -124,6 +127,9 @@ pub(crate) struct Owner {
     granted_at: Nanos,
     watched_at: Nanos,
     told_at: Nanos,
+    memory_at: Nanos,
+    laws: BTreeMap<String, Option<yielding::Yield>>,
+    out: BTreeMap<String, Outstanding>,
     pace: Pace,
     status: GpuNodeStatus,
     node_writing: bool,
@@ -165,6 +171,9 @@ impl Owner {
             granted_at: 0,
             watched_at: 0,
             told_at: 0,
+            memory_at: 0,
+            laws: BTreeMap::new(),
+            out: BTreeMap::new(),
             pace: Pace::default(),
             status: GpuNodeStatus::default(),
             node_writing: false,
@@ -204,10 +213,13 @@ impl Owner {
             }
             self.settle();
             let now = self.tools.host.boottime();
+            self.breathe(now);
+            self.watch_memory(now);
             self.grant(now);
             self.feed(now);
             self.settle();
             self.tell_driver();
+            self.say_throttled(now);
             self.flush(now);
             self.flush_node(now);
             self.tell(now);

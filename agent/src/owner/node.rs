@@ -172,7 +172,9 @@ impl Owner {
             .filter(|w| w.link.is_some())
             .filter_map(|w| w.applied.as_ref())
             .collect();
-        rows(&effective.ceiling, self.ledger.cap(CPU_DEVICE), &readbacks)
+        let mut rows = rows(&effective.ceiling, self.ledger.cap(CPU_DEVICE), &readbacks);
+        rows.extend(self.share_rows(CPU_DEVICE, &effective.ceiling, "billed by CPU time"));
+        rows
     }
 }
 
@@ -210,12 +212,6 @@ fn rows(limits: &Limits, cap: Bytes, readbacks: &[&Readback]) -> Vec<Enforcement
             format!("{} %", limits.vram_percent.0),
             format!("{cap} on cpu"),
             "ledger, capped arena, RLIMIT_DATA",
-        ),
-        row(
-            "compute",
-            format!("{} %", limits.compute_percent.0),
-            format!("{} %", limits.compute_percent.0),
-            "expiring grants, billed by CPU time",
         ),
         row(
             "requestInterval",

@@ -69,6 +69,7 @@ impl Owner {
             work.link = None;
             work.model = None;
             work.share = 0;
+            work.wanted = 0;
         }
         self.ledger.release(now, name);
         self.push_limits();
@@ -76,7 +77,8 @@ impl Owner {
 
     fn begin(&mut self, name: &str, now: Nanos, phase: Phase) {
         if let Some(order) = self.orders.get(name) {
-            self.work.insert(name.to_owned(), Work::new(&order.assignment));
+            self.work
+                .insert(name.to_owned(), Work::new(&order.assignment, now));
             self.jobs.insert(
                 name.to_owned(),
                 Job {

@@ -2,11 +2,13 @@
 //!
 //! Owns: records, model, link, limits and the status that is to be written. Must not decide what comes next.
 
+use super::yielding::Yield;
 use crate::api::Target;
 use crate::link::Link;
 use gogrid_agent_core::feed::Feed;
 use gogrid_agent_core::protocol::{Readback, Usage, WorkerLimits};
 use gogrid_agent_core::session::Nanos;
+use gogrid_agent_core::watchdog::Ladder;
 use gogrid_api::effective::EffectiveProfile;
 use gogrid_api::{Assignment, AssignmentStatus, Bytes};
 use std::os::fd::OwnedFd;
@@ -40,6 +42,24 @@ pub(crate) struct Work {
     pub(crate) applied: Option<Readback>,
     /// Share last granted, in permille.
     pub(crate) share: u16,
+    /// Share that it was to get; others' grants that are still out may have left less.
+    pub(crate) wanted: u16,
+    /// How its own profile yields to others' work, where it does.
+    pub(crate) yielding: Option<Yield>,
+    /// When its status last changed what it says of that.
+    pub(crate) noticed_at: Option<Nanos>,
+    /// Its worker's process, where that can be seen from here.
+    pub(crate) pid: Option<i32>,
+    /// Memory of that process as last measured.
+    pub(crate) resident: Option<Bytes>,
+    /// What it was before the model was loaded.
+    pub(crate) before_load: Option<Bytes>,
+    /// Its place on the watchdog's ladder.
+    pub(crate) ladder: Ladder,
+    /// Why it is there.
+    pub(crate) why_above: Option<String>,
+    /// When it was taken up.
+    pub(crate) claimed_at: Nanos,
     /// Counters of the worker.
     pub(crate) usage: Usage,
     /// When its worker last said anything.
@@ -62,7 +82,7 @@ pub(crate) struct Work {
 
 impl Work {
     /// For an assignment that has just been taken up.
-    pub(crate) fn new(assignment: &Assignment) -> Self {
+    pub(crate) fn new(assignment: &Assignment, now: Nanos) -> Self {
         let metadata = &assignment.metadata;
         let spec = assignment.spec.clone();
         let stage = spec.stages.first();
@@ -85,6 +105,15 @@ impl Work {
             told: 0,
             applied: None,
             share: 0,
+            wanted: 0,
+            yielding: None,
+            noticed_at: None,
+            pid: None,
+            resident: None,
+            before_load: None,
+            ladder: Ladder::default(),
+            why_above: None,
+            claimed_at: now,
             usage: Usage::default(),
             heard_at: 0,
             loaded_at: None,

@@ -1,7 +1,7 @@
 //! The law against a device that behaves as devices do: time-sliced, seen a second late, in whole percents.
 
 use super::*;
-use gogrid_api::profile::presets;
+use gogrid_api::profile::{AdaptiveMode, presets};
 use std::collections::VecDeque;
 
 const MILLI: Nanos = 1_000_000;
@@ -101,6 +101,21 @@ fn reversals(shares: &[(Nanos, u16)]) -> usize {
         .map(|pair| pair[1].1 > pair[0].1)
         .collect();
     moves.windows(2).filter(|pair| pair[0] != pair[1]).count()
+}
+
+#[test]
+fn a_profile_with_a_fixed_share_has_no_law_and_another_has_its_own_figures() {
+    let mut spec = presets()[0].1.clone();
+    spec.adaptive.mode = AdaptiveMode::Disabled;
+    assert_eq!(Settings::of(&Limits::try_from(&spec).unwrap()), None);
+    spec.adaptive.mode = AdaptiveMode::ForeignLoad;
+    (spec.adaptive.foreign_load_percent, spec.adaptive.floor_percent) = (30, 7);
+    let wanted = Settings {
+        ceiling: 600,
+        floor: 70,
+        threshold: 300,
+    };
+    assert_eq!(Settings::of(&Limits::try_from(&spec).unwrap()), Some(wanted));
 }
 
 #[test]
