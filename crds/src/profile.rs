@@ -217,9 +217,7 @@ pub const CONSERVATIVE: &str = "conservative";
 
 /// The presets: name and spec, each for the nodes labelled `gogrid.dev/profile=<name>`. The operator creates them when absent and never reverts an edit.
 pub fn presets() -> [(&'static str, ResourceProfileSpec); 3] {
-    // The gentle two yield: a nice value ranks nothing in another session or cgroup, and there only this protects others.
-    use AdaptiveMode::{Disabled, ForeignLoad};
-    let preset = |name, vram, compute, niceness, interval, batch, (class, mode)| {
+    let preset = |name, vram, compute, niceness, interval, batch, class| {
         let label = (crate::names::PROFILE_NODE_LABEL.to_owned(), String::from(name));
         (
             name,
@@ -240,7 +238,7 @@ pub fn presets() -> [(&'static str, ResourceProfileSpec); 3] {
                 io: IoLimit { class, level: 7 },
                 max_batch_size: batch,
                 adaptive: Adaptive {
-                    mode,
+                    mode: AdaptiveMode::Disabled,
                     foreign_load_percent: default_foreign(),
                     floor_percent: default_floor(),
                 },
@@ -250,8 +248,8 @@ pub fn presets() -> [(&'static str, ResourceProfileSpec); 3] {
         )
     };
     [
-        preset(CONSERVATIVE, 50, 60, 15, 100, 2, (IoClass::Idle, ForeignLoad)),
-        preset("default", 70, 80, 10, 50, 4, (IoClass::BestEffort, ForeignLoad)),
-        preset("aggressive", 95, 95, 0, 0, 16, (IoClass::None, Disabled)),
+        preset(CONSERVATIVE, 50, 60, 15, 100, 2, IoClass::Idle),
+        preset("default", 70, 80, 10, 50, 4, IoClass::BestEffort),
+        preset("aggressive", 95, 95, 0, 0, 16, IoClass::None),
     ]
 }

@@ -183,13 +183,16 @@ fn what_is_not_enforced_yet_is_refused_by_name_and_value() {
 }
 
 #[test]
-fn conservative_and_default_yield_to_others_and_aggressive_does_not() {
+fn a_profile_yields_to_others_only_where_it_asks_to() {
     let yielding = presets().map(|(_, spec)| Limits::try_from(&spec).unwrap().yielding);
-    let yields = Some(Yielding {
+    assert_eq!(yielding, [None; 3]);
+    let [(_, mut spec), ..] = presets();
+    spec.adaptive.mode = AdaptiveMode::ForeignLoad;
+    let yields = Yielding {
         foreign: Percent(20),
         floor: Percent(5),
-    });
-    assert_eq!(yielding, [yields, yields, None]);
+    };
+    assert_eq!(Limits::try_from(&spec).unwrap().yielding, Some(yields));
 }
 
 #[test]

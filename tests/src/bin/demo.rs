@@ -186,20 +186,6 @@ fn summary(job: &InferenceJob) -> String {
 
 async fn profile_edit(cluster: &Cluster) -> Result<()> {
     step("A profile edited under a running job: default becomes as strict as conservative");
-    // What else the machine does must not be taken for the edit: the share is to be the same before and after.
-    kubectl(
-        cluster,
-        &[
-            "patch",
-            "rprof",
-            "default",
-            "--type",
-            "merge",
-            "-p",
-            r#"{"spec": {"adaptive": {"mode": "Disabled"}}}"#,
-        ],
-    )
-    .await?;
     let questions = Questions::new(7, LONG_JOB);
     let maps: Api<ConfigMap> = Api::namespaced(cluster.client.clone(), "default");
     let input = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "long-input"},
@@ -230,9 +216,10 @@ async fn profile_edit(cluster: &Cluster) -> Result<()> {
     tokio::time::sleep(Duration::from_secs(6)).await;
     let presets: BTreeMap<_, _> = gogrid_api::profile::presets().into_iter().collect();
     let mut strict = serde_json::to_value(presets.get("conservative").context("no preset")?)?;
-    let fields = strict.as_object_mut().context("no object")?;
-    fields.remove("nodeSelector");
-    fields.remove("adaptive");
+    strict
+        .as_object_mut()
+        .context("no object")?
+        .remove("nodeSelector");
     let patch = json!({ "spec": strict }).to_string();
     let edited = boottime_micros();
     kubectl(
