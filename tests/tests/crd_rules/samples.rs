@@ -127,6 +127,7 @@ fn assignment() -> Sample {
             "maxBatchSize": 2,
         },
         "checkpoint": {"chunks": 1, "lines": [{"first": 1, "last": 1}], "failed": 0, "bytes": 2}, "failure": failure(), "facts": facts(),
+        "throttled": {"reason": "ForeignLoad", "message": "others work"}, "vramExceeded": {"reason": "Shed", "message": "too much"},
     });
     Sample {
         kind: "Assignment",
