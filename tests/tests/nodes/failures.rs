@@ -109,10 +109,9 @@ fn a_deleted_agent_pod_costs_its_jobs_a_moment_and_no_record() -> Result<()> {
         })
         .await?;
         let job = until_right(&installed, &job, &questions).await?;
-        ensure!(
-            job.status.map_or(0, |s| s.epoch) == 2,
-            "it was not placed exactly twice"
-        );
+        // Handed back by the old pod, it may be placed there once more before the operator sees that this one goes.
+        let placements = job.status.map_or(0, |s| s.epoch);
+        ensure!((2..=3).contains(&placements), "{placements} placements");
         Ok(())
     })
 }
