@@ -13,6 +13,7 @@ use nvml_wrapper_sys::bindings::{
 };
 use std::fs::{self, OpenOptions};
 use std::io::Write as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -21,7 +22,7 @@ use std::time::{Duration, SystemTime};
 /// Bits of a handle that name the part of a GPU.
 const PART_BITS: u32 = 8;
 
-/// The scenario as last read, and when the file was written.
+/// The scenario as last read, when its file was written, and which file that was: two may be written within one tick.
 static READ: Mutex<Option<(SystemTime, u64, Scenario)>> = Mutex::new(None);
 /// 0: not initialised; else the number of resets at initialisation, plus one.
 static INITIALISED: AtomicU64 = AtomicU64::new(0);
@@ -40,15 +41,15 @@ fn path() -> Option<PathBuf> {
 fn scenario() -> Option<Scenario> {
     let path = path()?;
     let meta = fs::metadata(&path).ok()?;
-    let (at, length) = (meta.modified().ok()?, meta.len());
+    let (at, file) = (meta.modified().ok()?, meta.ino());
     let mut read = READ.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some((before, bytes, scenario)) = read.as_ref()
-        && (*before, *bytes) == (at, length)
+    if let Some((before, known, scenario)) = read.as_ref()
+        && (*before, *known) == (at, file)
     {
         return Some(scenario.clone());
     }
     let scenario: Scenario = serde_json::from_slice(&fs::read(&path).ok()?).ok()?;
-    *read = Some((at, length, scenario.clone()));
+    *read = Some((at, file, scenario.clone()));
     Some(scenario)
 }
 
