@@ -35,7 +35,7 @@ soak: prepare controlplane build ## What takes real time: leases of 40 s, minute
 	$(call say,leases of 40 s: an idle cluster and a lost node)
 	@GOGRID_TEST_LEASE_SECONDS=40 cargo test --workspace --features $(FEATURES) --no-fail-fast --test idle --test crashes -- --test-threads=1 --nocapture --skip killed_before_or_after
 	$(call say,the modelled store against the real API server: 10 000 operations)
-	@GOGRID_STORE_OPERATIONS=10000 cargo test -p gogrid-tests --features $(FEATURES) --test store_model -- --nocapture
+	@GOGRID_STORE_OPERATIONS=10000 cargo test --workspace --features $(FEATURES) --test store_model -- --nocapture
 	$(call say,simulated clusters: 10 000 schedules)
 	@cargo run --release -p gogrid-tests --bin sim -- --seeds 10000
 
