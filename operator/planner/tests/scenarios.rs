@@ -1,7 +1,7 @@
 //! Golden scenarios: a cluster and jobs as text, the explained plan as text. `UPDATE=1` rewrites the plans.
 //!
 //! Each file in `scenarios/` holds the input, a line `---`, and the plan. Lines of the input:
-//! `profile NAME vram=PERCENT [reserve=BYTES] [batch=N] [node=LABEL=VALUE] [adaptive]`
+//! `profile NAME vram=PERCENT [reserve=BYTES] [batch=N] [node=LABEL=VALUE] [weighted]`
 //! `node NAME [label=K=V] [taint=K=V:EFFECT] [cordoned] [silent|lost] [unready]`
 //! `device UUID CPU|CUDA total=BYTES [reserved=BYTES] [foreign=BYTES] [used=BYTES] [unhealthy]` (of the node above)
 //! `model URI` (of the node above)
@@ -40,8 +40,8 @@ fn parse_profile(name: &str, words: &[&str]) -> NamedProfile {
                 );
             }
             None if *word == "everywhere" => spec.node_selector = Some(BTreeMap::new()),
-            None if *word == "adaptive" => {
-                spec.adaptive.mode = gogrid_api::profile::AdaptiveMode::ForeignLoad;
+            None if *word == "weighted" => {
+                spec.cpu.weight = Some(7);
             }
             _ => panic!("profile {name}: {word}"),
         }
