@@ -7,6 +7,8 @@ MAKEFLAGS += --no-print-directory
 CACHE := $(or $(GOGRID_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/gogrid)
 # Outside the clone, so that a fresh clone builds only what differs.
 export CARGO_TARGET_DIR ?= $(CACHE)/target
+# A clone is built whole, and sooner so; `cargo` by hand keeps its own default.
+export CARGO_INCREMENTAL ?= 0
 # Fault injection is compiled into test builds only.
 FEATURES := gogrid-operator/faults,gogrid-agent/faults,gogrid-worker/faults
 CARGO_DENY := $(CACHE)/tools/bin/cargo-deny
@@ -25,7 +27,7 @@ help: ## Say what there is.
 
 demo: prepare controlplane ## The main job on this machine: control plane, operator, agents, a job answered on the CPU.
 	$(call say,building GoGrid - first time about 10 minutes)
-	@cargo build --workspace --bins --features $(FEATURES)
+	@cargo build --workspace --bin gogrid-operator --bin gogrid-agent --bin gogrid-worker --bin demo --features $(FEATURES)
 	@"$$CARGO_TARGET_DIR"/debug/demo
 
 test: prepare lint controlplane prometheus nodes build unit e2e deny ## Everything that CI runs.

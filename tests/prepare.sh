@@ -18,3 +18,11 @@ for tool in cargo go; do
   echo "error: $tool is not on the PATH: install Rust (rustup) and Go 1.26 or newer" >&2
   exit 1
 done
+
+# Checkouts share one build folder and cargo judges by the times of files: what another checkout built there last is older
+# than every source of this one.
+if [[ -n ${CARGO_TARGET_DIR:-} && $(cat "$CARGO_TARGET_DIR/checkout" 2>/dev/null) != "$PWD" ]]; then
+  mkdir -p "$CARGO_TARGET_DIR"
+  find . -name .git -prune -o \( -name '*.rs' -o -name Cargo.toml \) -exec touch {} +
+  printf '%s' "$PWD" >"$CARGO_TARGET_DIR/checkout"
+fi

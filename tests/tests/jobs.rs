@@ -44,6 +44,29 @@ fn stamps(results: &[Value]) -> Vec<(i64, i64, i64)> {
         .collect()
 }
 
+/// How many sequences were decoded together at most, by the stamps of all results; never more than the profile's 16.
+fn widest_batch(results: &[Value], records: usize) -> Result<i64> {
+    let stamps = stamps(results);
+    ensure!(
+        stamps.len() == records,
+        "{} of {records} results are stamped",
+        stamps.len()
+    );
+    for (start, _, batch) in &stamps {
+        ensure!(*batch <= 16, "a batch of {batch} under a profile of 16");
+        let together = stamps.iter().filter(|(s, e, _)| s <= start && start < e).count();
+        ensure!(
+            together <= 16,
+            "{together} sequences at once under a profile of 16"
+        );
+    }
+    Ok(stamps
+        .iter()
+        .map(|(_, _, batch)| *batch)
+        .max()
+        .unwrap_or_default())
+}
+
 #[test]
 fn twenty_jobs_on_three_agents_all_finish_right_and_batches_fill_to_the_profiles_limit_and_no_further()
 -> Result<()> {
@@ -59,7 +82,6 @@ fn twenty_jobs_on_three_agents_all_finish_right_and_batches_fill_to_the_profiles
             jobs.push((job, questions));
         }
         let mut nodes = BTreeMap::new();
-        let mut widest = 0;
         for (job, questions) in jobs {
             let job = cluster.until_finished(&job, LONG).await?;
             let status = job.status.clone().unwrap_or_default();
@@ -72,27 +94,24 @@ fn twenty_jobs_on_three_agents_all_finish_right_and_batches_fill_to_the_profiles
             let results = cluster.results(&job).await?;
             let right = questions.right(&results)?;
             ensure!(right * 100 >= 40 * 95, "{}: {right} of 40 right", job.name_any());
-            let stamps = stamps(&results);
-            ensure!(stamps.len() == 40, "{} of 40 results are stamped", stamps.len());
-            for (start, _, batch) in &stamps {
-                ensure!(*batch <= 16, "a batch of {batch} under a profile of 16");
-                let together = stamps.iter().filter(|(s, e, _)| s <= start && start < e).count();
-                ensure!(
-                    together <= 16,
-                    "{together} sequences at once under a profile of 16"
-                );
-                widest = widest.max(*batch);
-            }
+            widest_batch(&results, 40)?;
             *nodes
                 .entry(status.placement.context("no placement")?.node_name)
                 .or_insert(0) += 1;
         }
-        println!("jobs by node: {nodes:?}; widest batch {widest}");
+        ensure!(nodes.len() == 3, "only {nodes:?} were used");
+        // The twenty shared their devices' batches; one that has a device for itself gets all of it.
+        let questions = Questions::new(120, 60);
+        let job = cluster
+            .create_job("default", "alone", spec(&questions.lines(), "alone")?)
+            .await?;
+        let job = cluster.until_finished(&job, LONG).await?;
+        let widest = widest_batch(&cluster.results(&job).await?, 60)?;
+        println!("jobs by node: {nodes:?}; widest batch of one alone {widest}");
         ensure!(
             widest == 16,
             "the widest batch was {widest}, not the profile's 16"
         );
-        ensure!(nodes.len() == 3, "only {nodes:?} were used");
         Ok(())
     })
 }
