@@ -97,7 +97,7 @@ unit:
 
 e2e:
 	$(call say,end-to-end tests on a real API server)
-	@cargo test --workspace --features $(FEATURES) --no-fail-fast --test '*' -- --test-threads=1
+	@tests/e2e.sh --features $(FEATURES)
 
 deny: $(CARGO_DENY)
 	$(call say,licences - bans and sources of all dependencies)

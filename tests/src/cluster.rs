@@ -109,6 +109,8 @@ impl Cluster {
     pub async fn start(control: Arc<ControlPlane>, options: ClusterOptions) -> Result<Self> {
         let cluster = Self::install(control, options).await?;
         cluster.start_operator(&[])?;
+        // Agents that list profiles before there are any would turn the first jobs away.
+        cluster.until_presets().await?;
         let nodes: Vec<String> = cluster
             .options
             .nodes
@@ -257,6 +259,18 @@ impl Cluster {
             .iter()
             .map(|(name, p)| format!("--- {name}:\n{}\n", p.log_tail(lines)))
             .collect()
+    }
+
+    async fn until_presets(&self) -> Result<()> {
+        let profiles: Api<gogrid_api::ResourceProfile> = Api::all(self.client.clone());
+        eventually(READY_WITHIN, "the operator to install the presets", || async {
+            for (name, _) in gogrid_api::profile::presets() {
+                profiles.get(&name).await?;
+            }
+            Ok(())
+        })
+        .await
+        .with_context(|| self.log_tails(30))
     }
 
     /// Waits until that node's GpuNode says Ready and its Lease is held.

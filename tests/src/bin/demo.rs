@@ -21,7 +21,7 @@ const LONG: Duration = Duration::from_secs(600);
 const QUESTIONS: usize = 50;
 const RIGHT_AT_LEAST: usize = 49;
 /// Records of the job whose profile is edited while it runs.
-const LONG_JOB: usize = 160;
+const LONG_JOB: usize = 200;
 
 fn step(text: &str) {
     println!("\n\x1b[1m== {text}\x1b[0m");
