@@ -265,7 +265,7 @@ impl Cluster {
         let profiles: Api<gogrid_api::ResourceProfile> = Api::all(self.client.clone());
         eventually(READY_WITHIN, "the operator to install the presets", || async {
             for (name, _) in gogrid_api::profile::presets() {
-                profiles.get(&name).await?;
+                profiles.get(name).await?;
             }
             Ok(())
         })
