@@ -21,7 +21,7 @@ const LONG: Duration = Duration::from_secs(600);
 const QUESTIONS: usize = 50;
 const RIGHT_AT_LEAST: usize = 49;
 /// Records of the job whose profile is edited while it runs.
-const LONG_JOB: usize = 200;
+const LONG_JOB: usize = 160;
 
 fn step(text: &str) {
     println!("\n\x1b[1m== {text}\x1b[0m");
@@ -213,7 +213,7 @@ async fn profile_edit(cluster: &Cluster) -> Result<()> {
         .context("no placement")?
         .node_name;
     // Long enough a look at the rate before the edit.
-    tokio::time::sleep(Duration::from_secs(4)).await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
     let presets: BTreeMap<_, _> = gogrid_api::profile::presets().into_iter().collect();
     let mut strict = serde_json::to_value(presets.get("conservative").context("no preset")?)?;
     strict
