@@ -4,6 +4,7 @@
 //! Owns: starting, killing and restarting those processes, and making jobs. Must not: know what they decide.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -55,6 +56,8 @@ pub struct ClusterOptions {
     pub agent_args: Vec<String>,
     /// More environment for every agent.
     pub agent_env: Vec<(String, String)>,
+    /// Where a program, `operator` or a node's, serves its metrics; any other picks a free port.
+    pub metrics: BTreeMap<String, SocketAddr>,
 }
 
 impl ClusterOptions {
@@ -68,6 +71,7 @@ impl ClusterOptions {
             model_roots: vec![jobs::model_root()],
             agent_args: vec![],
             agent_env: vec![],
+            metrics: BTreeMap::new(),
         }
     }
 }
@@ -166,7 +170,7 @@ impl Cluster {
             "--namespace",
             NAMESPACE,
             "--metrics-addr",
-            "127.0.0.1:0",
+            &self.metrics_flag("operator"),
             "--log-format",
             "text",
         ]);
@@ -199,7 +203,7 @@ impl Cluster {
             "--namespace",
             NAMESPACE,
             "--metrics-addr",
-            "127.0.0.1:0",
+            &self.metrics_flag(node),
         ]);
         command
             .args(["--log-format", "text"])
@@ -251,6 +255,11 @@ impl Cluster {
             .get(name)
             .cloned()
             .with_context(|| format!("no process {name}"))
+    }
+
+    fn metrics_flag(&self, name: &str) -> String {
+        let chosen = self.options.metrics.get(name);
+        chosen.map_or_else(|| "127.0.0.1:0".to_owned(), ToString::to_string)
     }
 
     /// The last lines of every program's log, for a message about something that went wrong.

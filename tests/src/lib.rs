@@ -13,6 +13,7 @@ pub mod nodes;
 pub mod process;
 pub mod procfs;
 pub mod prometheus;
+pub mod rbac;
 pub mod sim;
 mod sys;
 pub mod values;

@@ -46,7 +46,15 @@ fn maximal() -> Value {
         "global": {"imageRegistry": "registry.example", "imagePullSecrets": ["pull"], "another-charts": {"key": 1}}, "enabled": true,
         "modelRoots": ["/m", "/n"], "operator": operator, "agent": agent, "workers": {"image": image("w")},
         "priorityClass": {"value": -5}, "admission": {"adminGroups": ["admins"]},
+        "networkPolicy": {"apiServerCidrs": ["10.0.0.0/8"], "apiServerPorts": [8443], "metricsFrom": [{"podSelector": {}}]},
+        "monitoring": {"dashboards": {"enabled": true}},
+        "extraObjects": [{"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "extra", "namespace": "elsewhere"}}],
     })
+}
+
+/// Two kinds of nodes.
+fn flavoured() -> Value {
+    json!({"agent": {"flavours": {"cuda": {"runtimeClassName": "nvidia", "tolerations": [{"operator": "Exists"}]}}}})
 }
 
 fn of_kind<'a>(documents: &'a [Value], kind: &str) -> Vec<&'a Value> {
@@ -85,6 +93,14 @@ async fn a_key_or_a_value_that_the_schema_does_not_know_is_refused() {
         json!({"workers": {"image": {"digest": "md5:0"}}}),
         json!({"priorityClass": {"name": "system-node-critical"}}),
         json!({"admission": {"adminGroups": []}}),
+        json!({"monitoring": {"podMonitor": {"interval": "soon"}}}),
+        json!({"monitoring": {"prometheusRule": {"runbookBaseUrl": "https://no.slash"}}}),
+        json!({"networkPolicy": {"apiServerPorts": []}}),
+        json!({"agent": {"flavours": {"Not_A_Label": {}}}}),
+        json!({"agent": {"flavours": {"cuda": {"image": {}}}}}),
+        json!({"agent": {"maxUnavailable": "0%"}}),
+        json!({"extraObjects": [1]}),
+        json!({"enabled": "yes"}),
     ];
     for values in wrong {
         let refused = chart::render(&values).await.unwrap_err().to_string();
@@ -302,7 +318,12 @@ async fn helm_test_asks_for_the_model_that_the_agents_image_holds() {
 async fn the_api_server_takes_every_object_that_the_chart_can_render() {
     let plane = ControlPlane::shared().await.unwrap();
     plane.ensure_namespace("elsewhere").await.unwrap();
-    for (release, values) in [("gogrid", json!({})), ("two", minimal()), ("three", maximal())] {
+    for (release, values) in [
+        ("gogrid", json!({})),
+        ("two", minimal()),
+        ("three", maximal()),
+        ("four", flavoured()),
+    ] {
         let rendered = chart::render_as(release, "elsewhere", &values).await.unwrap();
         let mut file = tempfile::NamedTempFile::new().unwrap();
         file.write_all(rendered.as_bytes()).unwrap();
@@ -323,6 +344,56 @@ async fn the_api_server_takes_every_object_that_the_chart_can_render() {
             chart::documents(&rendered).unwrap().len(),
             "{said}"
         );
+    }
+}
+
+/// Asked of the API server itself: what it says against the pods under the strictest standard.
+#[tokio::test]
+async fn the_operator_passes_restricted_pod_security_and_the_agent_fails_it_by_host_paths_and_root_alone() {
+    let plane = ControlPlane::shared().await.unwrap();
+    let documents =
+        chart::documents(&chart::render_as("gogrid", "strict", &json!({})).await.unwrap()).unwrap();
+    plane.ensure_namespace("strict").await.unwrap();
+    let label = "pod-security.kubernetes.io/enforce=restricted";
+    plane
+        .kubectl(&["label", "--overwrite", "namespace", "strict", label])
+        .await
+        .unwrap();
+    for account in [chart::OPERATOR, chart::AGENT] {
+        plane.ensure_service_account("strict", account).await.unwrap();
+    }
+    let ask = async |kind: &str| {
+        let mut pod = of_kind(&documents, kind)[0]["spec"]["template"].clone();
+        pod["apiVersion"] = json!("v1");
+        pod["kind"] = json!("Pod");
+        pod["metadata"]["name"] = json!("asked");
+        // Its class is made by the chart, which is not installed here.
+        pod["spec"].as_object_mut().unwrap().remove("priorityClassName");
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(pod.to_string().as_bytes()).unwrap();
+        let path = file.path().display().to_string();
+        plane
+            .kubectl(&["create", "--dry-run=server", "--namespace", "strict", "-f", &path])
+            .await
+    };
+    ask("Deployment").await.unwrap();
+    let said = ask("DaemonSet").await.unwrap_err().to_string();
+    let (_, violations) = said
+        .split_once("violates PodSecurity \"restricted:latest\": ")
+        .unwrap();
+    // In these words the standard names its controls.
+    for wanted in ["hostPath", "runAsUser=0"] {
+        assert!(violations.contains(wanted), "{violations}");
+    }
+    for other in [
+        "privileged",
+        "allowPrivilegeEscalation",
+        "capabilities",
+        "seccompProfile",
+        "host namespaces",
+        "hostPort",
+    ] {
+        assert!(!violations.contains(other), "{violations}");
     }
 }
 

@@ -1,4 +1,4 @@
-//! Who wrote what and when, from the API server's audit log.
+//! Who asked for what and when, from the API server's audit log.
 
 use anyhow::{Context as _, Result};
 use jiff::Timestamp;
@@ -6,14 +6,16 @@ use serde::Deserialize;
 
 use super::ControlPlane;
 
-/// One finished write request.
+const READS: [&str; 3] = ["get", "list", "watch"];
+
+/// One finished request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AuditEvent {
     /// When the API server answered.
     pub at: Timestamp,
     /// The user's full name, such as `system:serviceaccount:<namespace>:<name>`.
     pub user: String,
-    /// `create`, `update`, `patch`, `delete` or `deletecollection`.
+    /// `get`, `list`, `watch`, `create`, `update`, `patch`, `delete` or `deletecollection`.
     pub verb: String,
     /// API group; empty for the core group.
     pub group: String,
@@ -66,6 +68,13 @@ impl ControlPlane {
     /// The writes that the API server answered from `since` up to, not including, `until`, refused ones too, in the
     /// log's order. A write is in the log before its sender has the answer.
     pub fn audit_writes(&self, since: Timestamp, until: Timestamp) -> Result<Vec<AuditEvent>> {
+        let mut writes = self.audit_requests(since, until)?;
+        writes.retain(|event| !READS.contains(&event.verb.as_str()));
+        Ok(writes)
+    }
+
+    /// As [`Self::audit_writes`], with what GoGrid's service accounts read; a watch is there once it has ended.
+    pub fn audit_requests(&self, since: Timestamp, until: Timestamp) -> Result<Vec<AuditEvent>> {
         let path = self.layout.audit_log();
         let log = std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
         // The last line may be half written; only what ends in a newline is whole.

@@ -32,6 +32,9 @@ omitStages: [RequestReceived, ResponseStarted, Panic]
 rules:
 - level: Metadata
   verbs: [create, update, patch, delete, deletecollection]
+- level: Metadata
+  verbs: [get, list, watch]
+  userGroups: [\"system:serviceaccounts:gogrid-system\"]
 - level: None
 ";
 

@@ -127,7 +127,7 @@ async fn the_operator_has_the_rights_for_its_work_and_none_beyond() {
     let mut found = surprises(
         &client,
         "operator",
-        &rights::an_operators_work(NODES[0]),
+        &rights::an_operators_work(world, NODES[0]).await,
         &Outcome::Allowed,
     )
     .await;

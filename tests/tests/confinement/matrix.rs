@@ -114,6 +114,21 @@ fn without(mut object: Value, pointer: &str, field: &str) -> Value {
     object
 }
 
+/// Sets every field of `change` in `object`; null takes one away.
+fn merge(object: &mut Value, change: &Value) {
+    let (Some(fields), Some(changes)) = (object.as_object_mut(), change.as_object()) else {
+        *object = change.clone();
+        return;
+    };
+    for (key, value) in changes {
+        if value.is_null() {
+            fields.remove(key);
+        } else {
+            merge(fields.entry(key).or_insert(Value::Null), value);
+        }
+    }
+}
+
 /// Everything that the agent of `node` may write for it.
 pub(crate) async fn writes(world: &World, node: &str) -> Vec<Attempt> {
     let (assignment, gpu, beat, results) = (
@@ -147,16 +162,8 @@ pub(crate) async fn writes(world: &World, node: &str) -> Vec<Attempt> {
         Attempt::with(Verb::Apply, format!("{gpu}/status"), type_of("GpuNode", &seen)),
         Attempt::with(Verb::Create, leases(), lease(node)),
         Attempt::with(Verb::Update, &beat, renewed),
-        Attempt::with(
-            Verb::Merge,
-            &beat,
-            json!({"spec": {"holderIdentity": "boot/next"}}),
-        ),
-        Attempt::with(Verb::Apply, &beat, lease(node)),
         Attempt::with(Verb::Create, config_maps(), chunk(world, node, 7).await),
         Attempt::with(Verb::Update, &results, answered),
-        Attempt::with(Verb::Merge, &results, json!({"data": {names::RESULTS_KEY: "{}"}})),
-        Attempt::with(Verb::Apply, &results, chunk(world, node, 0).await),
     ]
 }
 
@@ -164,7 +171,11 @@ pub(crate) async fn writes(world: &World, node: &str) -> Vec<Attempt> {
 pub(crate) async fn disguises(world: &World, own: &str, other: &str) -> Vec<Attempt> {
     let good = chunk(world, own, 7).await;
     let create = |body: Value, note| Attempt::with(Verb::Create, config_maps(), body).noted(note);
-    let change = |path: String, body: Value, note| Attempt::with(Verb::Merge, path, body).noted(note);
+    let change = async |path: String, body: Value, note| {
+        let mut object = without(world.stored(&path).await, "/metadata", "managedFields");
+        merge(&mut object, &body);
+        Attempt::with(Verb::Update, path, object).noted(note)
+    };
     let renamed = |name: String| {
         let mut body = good.clone();
         body["metadata"]["name"] = json!(name);
@@ -211,30 +222,35 @@ pub(crate) async fn disguises(world: &World, own: &str, other: &str) -> Vec<Atte
             chunk_path(own),
             label(json!(other)),
             "own chunk labelled as another's",
-        ),
-        change(chunk_path(own), label(Value::Null), "label taken off"),
+        )
+        .await,
+        change(chunk_path(own), label(Value::Null), "label taken off").await,
         change(
             chunk_path(own),
             json!({"metadata": {"ownerReferences": null}}),
             "owner taken off",
-        ),
+        )
+        .await,
         change(
             chunk_path(other),
             label(json!(own)),
             "another's chunk labelled as own",
-        ),
+        )
+        .await,
         change(
             staged.clone(),
             json!({"data": {names::INPUT_KEY: "{}"}}),
             "a staged input",
-        ),
-        change(staged, label(json!(own)), "a staged input labelled as own"),
-        change(presets, json!({"data": {"presets.yaml": ""}}), "the presets"),
+        )
+        .await,
+        change(staged, label(json!(own)), "a staged input labelled as own").await,
+        change(presets, json!({"data": {"presets.yaml": ""}}), "the presets").await,
         change(
             format!("{}/result-of-nobody", config_maps()),
             label(json!(own)),
             "a stray",
-        ),
+        )
+        .await,
         Attempt::with(Verb::Create, GPU_NODES, gpu_node("third")).noted("a node that is not there"),
         Attempt::with(Verb::Create, leases(), other_lease).noted("a lease of no node"),
     ]

@@ -7,7 +7,7 @@ use crate::matrix::{
     COORDINATION, GOGRID, GPU_NODES, JOBS, assignment, assignment_path, assignments, chunk_path, config_maps,
     gpu_node, gpu_node_path, job, lease_path, leases,
 };
-use crate::world::{NAMESPACE, typed};
+use crate::world::{NAMESPACE, World, typed};
 
 const JOB: &str = "/apis/gogrid.dev/v1alpha1/namespaces/default/inferencejobs/a-job";
 const PROFILES: &str = "/apis/gogrid.dev/v1alpha1/resourceprofiles";
@@ -61,6 +61,9 @@ pub(crate) fn beyond_an_agent(node: &str) -> Vec<Attempt> {
         &format!("/api/v1/nodes/{node}"),
         &format!("/api/v1/nodes/{node}/status"),
         "/api/v1/namespaces/default/configmaps/an-input",
+        // Replaced as a whole, never patched.
+        &lease_path(node),
+        &chunk_path(node),
     ] {
         rows.push(Attempt::with(Verb::Merge, path, json!({})));
     }
@@ -91,6 +94,7 @@ pub(crate) fn an_agents_reads(node: &str) -> Vec<Attempt> {
         GPU_NODES,
         &own_orders,
         &staged,
+        &assignment_path(node),
         &lease_path(node),
         LEADER,
     ]
@@ -99,11 +103,8 @@ pub(crate) fn an_agents_reads(node: &str) -> Vec<Attempt> {
 }
 
 /// What the operator does.
-pub(crate) fn an_operators_work(node: &str) -> Vec<Attempt> {
+pub(crate) async fn an_operators_work(world: &World, node: &str) -> Vec<Attempt> {
     let named = |name: &str| json!({"metadata": {"name": name}});
-    let event = json!({
-        "metadata": {"name": "e"}, "involvedObject": {"kind": "InferenceJob", "namespace": "default", "name": "a-job"}, "reason": "Placed",
-    });
     let new_event = json!({
         "metadata": {"name": "e"}, "regarding": {"kind": "InferenceJob", "namespace": "default", "name": "a-job"}, "reason": "Placed",
         "action": "Place", "type": "Normal", "eventTime": "2026-01-01T00:00:00.000000Z", "reportingController": "gogrid.dev/operator",
@@ -117,6 +118,8 @@ pub(crate) fn an_operators_work(node: &str) -> Vec<Attempt> {
     );
     let mut another = assignment(node);
     another["metadata"]["name"] = json!("another-1");
+    let mut held = world.stored(LEADER).await;
+    held["spec"]["holderIdentity"] = json!("me");
     let in_default = "/api/v1/namespaces/default/configmaps";
     let mut rows: Vec<Attempt> = [
         &format!("{GOGRID}/inferencejobs"),
@@ -131,6 +134,7 @@ pub(crate) fn an_operators_work(node: &str) -> Vec<Attempt> {
         &leases(),
         &lease_path(node),
         &assignments(),
+        &assignment_path(node),
         LEADER,
         "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/inferencejobs.gogrid.dev",
     ]
@@ -164,7 +168,6 @@ pub(crate) fn an_operators_work(node: &str) -> Vec<Attempt> {
             format!("{in_default}/an-input"),
             json!({"data": {"a": "b"}}),
         ),
-        Attempt::with(Verb::Create, "/api/v1/namespaces/default/events", event),
         Attempt::with(
             Verb::Create,
             "/apis/events.k8s.io/v1/namespaces/default/events",
@@ -184,7 +187,7 @@ pub(crate) fn an_operators_work(node: &str) -> Vec<Attempt> {
             json!({"data": {"a": "b"}}),
         ),
         Attempt::new(Verb::Delete, format!("{}/input-of-a-job", config_maps())),
-        Attempt::with(Verb::Merge, LEADER, json!({"spec": {"holderIdentity": "me"}})),
+        Attempt::with(Verb::Update, LEADER, held),
         Attempt::with(
             Verb::Create,
             format!("{COORDINATION}/namespaces/kube-system/leases"),
