@@ -40,6 +40,8 @@ soak: prepare controlplane build ## What takes real time: leases of 40 s, minute
 	@GOGRID_STORE_OPERATIONS=10000 cargo test --workspace --features $(FEATURES) --test store_model -- --nocapture
 	$(call say,simulated clusters: 10 000 schedules)
 	@cargo run --release -p gogrid-tests --bin sim -- --seeds 10000
+	$(call say,1000 probes of a GPU driver that hang or crash)
+	@GOGRID_SOAK=1 cargo test --workspace --features $(FEATURES) --test nvml -- --test-threads=1 --nocapture chaos
 
 prepare:
 	@tests/prepare.sh
