@@ -128,8 +128,27 @@ pub struct Context<'a> {
     pub pool: bool,
     /// Whether devices, profiles and the Node's labels are known.
     pub ready: bool,
-    /// Whether the agent is ending, and until when workers may drain.
-    pub shutdown: Option<Nanos>,
+    /// Whether the agent is ending, and how far that is.
+    pub shutdown: Option<Shutdown>,
+}
+
+/// The agent was told to end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shutdown {
+    /// Whether the node's status says so. An operator that does not know it would place a job that is handed back here
+    /// once more.
+    pub said: bool,
+    /// Until when jobs wait for that, CLOCK_BOOTTIME.
+    pub say_by: Nanos,
+    /// Until when workers may drain, CLOCK_BOOTTIME.
+    pub drain_by: Nanos,
+}
+
+impl Shutdown {
+    /// Whether jobs are handed back by now.
+    pub fn hands_back(&self, now: Nanos) -> bool {
+        self.said || now >= self.say_by
+    }
 }
 
 /// How a job ended.
@@ -350,9 +369,10 @@ fn advance(context: &Context<'_>, name: &str, job: &Job, order: Option<&Order>) 
         if context.standing == Standing::Expired && job.worker.is_some() {
             return Some(Step::Stop(name, now));
         }
+        let leaving = context.shutdown.filter(|s| s.hands_back(now));
         let causes = [
             grace.map(|grace| now.saturating_add(grace)),
-            context.shutdown,
+            leaving.map(|s| s.drain_by),
             job.eviction.as_ref().map(|(_, deadline)| *deadline),
         ];
         let deadline = causes.into_iter().flatten().min();
@@ -364,7 +384,7 @@ fn advance(context: &Context<'_>, name: &str, job: &Job, order: Option<&Order>) 
     // The agent's own end tightens every deadline.
     let deadline = context
         .shutdown
-        .map_or(stopping.deadline, |end| end.min(stopping.deadline));
+        .map_or(stopping.deadline, |s| s.drain_by.min(stopping.deadline));
     // A fenced worker can't drain: it stands still.
     let draining = job.phase == Phase::Draining && !job.exhausted && !job.fenced && job.worker.is_some();
     if draining && now < deadline {
@@ -427,6 +447,11 @@ mod tests {
         pool: true,
         ready: true,
         shutdown: None,
+    };
+    const SAID: Shutdown = Shutdown {
+        said: true,
+        say_by: 300,
+        drain_by: 500,
     };
 
     fn order(extra: &serde_json::Value) -> Order {
@@ -714,13 +739,34 @@ mod tests {
     #[test]
     fn a_shutdown_stops_everything_and_claims_nothing() {
         let ending = Context {
-            shutdown: Some(500),
+            shutdown: Some(SAID),
             ..HELD
         };
         assert_eq!(first(&ending, order(&json!({}))), None);
         assert_eq!(
             next(&ending, &json!({}), &running(Some(1))),
             Some(Step::Stop("a".into(), 500))
+        );
+    }
+
+    #[test]
+    fn an_ending_agent_hands_nothing_back_before_its_node_says_so_or_too_much_time_has_passed() {
+        let at = |now, said| Context {
+            now,
+            shutdown: Some(Shutdown { said, ..SAID }),
+            ..HELD
+        };
+        let job = running(Some(1));
+        let stopped = Some(Step::Stop("a".into(), SAID.drain_by));
+        assert_eq!(first(&at(100, false), order(&json!({}))), None);
+        assert_eq!(next(&at(299, false), &json!({}), &job), None);
+        assert_eq!(next(&at(100, true), &json!({}), &job), stopped);
+        assert_eq!(next(&at(300, false), &json!({}), &job), stopped);
+        // Who was asked for by the operator does not wait.
+        let stop = json!({"stop": {"reason": "Suspended", "graceSeconds": 0}});
+        assert_eq!(
+            next(&at(100, false), &stop, &job),
+            Some(Step::Stop("a".into(), 100))
         );
     }
 
@@ -767,7 +813,10 @@ mod tests {
         let job = evicted(Phase::Running, Some(1));
         assert_eq!(next(&HELD, &stop, &job), Some(Step::Stop("a".into(), 500)));
         let ending = Context {
-            shutdown: Some(400),
+            shutdown: Some(Shutdown {
+                drain_by: 400,
+                ..SAID
+            }),
             ..HELD
         };
         assert_eq!(next(&ending, &stop, &job), Some(Step::Stop("a".into(), 400)));

@@ -7,7 +7,7 @@ use crate::event::{Event, Greeting};
 use crate::lease::LeaseEvent;
 use crate::link::Link;
 use gogrid_agent_core::driver::View;
-use gogrid_agent_core::plan::{Order, Phase};
+use gogrid_agent_core::plan::{Order, Phase, Shutdown};
 use gogrid_agent_core::protocol::{FromPool, FromWorker, ToPool, WorkerId};
 use gogrid_agent_core::results::{clip, reason_word};
 use gogrid_agent_core::session::{Nanos, nanos};
@@ -86,8 +86,11 @@ impl Owner {
             Event::Resident(resident) => self.resident(&resident),
             Event::Shutdown => {
                 tracing::info!("told to end: draining workers");
-                self.shutdown
-                    .get_or_insert(now.saturating_add(super::SHUTDOWN_NANOS));
+                self.shutdown.get_or_insert(Shutdown {
+                    said: false,
+                    say_by: now.saturating_add(super::SAY_NANOS),
+                    drain_by: now.saturating_add(super::SHUTDOWN_NANOS),
+                });
             }
         }
     }

@@ -25,7 +25,7 @@ use crate::metrics::Metrics;
 use crate::models::ModelSource;
 use crate::previous::Processes;
 use gogrid_agent_core::driver::View;
-use gogrid_agent_core::plan::{Context, Job, Order, Phase, plan};
+use gogrid_agent_core::plan::{Context, Job, Order, Phase, Shutdown, plan};
 use gogrid_agent_core::protocol::WorkerId;
 use gogrid_agent_core::report::Pace;
 use gogrid_agent_core::session::{Nanos, Renewals, Standing};
@@ -47,6 +47,8 @@ const TICK_NANOS: Nanos = 250_000_000;
 const BATCH: usize = 256;
 /// Rounds of planning after one batch of events.
 const ROUNDS: usize = 16;
+/// How long jobs wait for the node's status to say that the agent ends.
+const SAY_NANOS: Nanos = 1_000_000_000;
 /// How long workers may drain when the agent is told to end.
 const SHUTDOWN_NANOS: Nanos = 3_000_000_000;
 /// How long last reports may take after that.
@@ -102,7 +104,7 @@ pub(crate) struct Owner {
     tools: Tools,
     renewals: Renewals,
     renewed_at: Option<Time>,
-    shutdown: Option<Nanos>,
+    shutdown: Option<Shutdown>,
     orders: BTreeMap<String, Order>,
     asked: BTreeSet<String>,
     listing: Option<BTreeSet<String>>,
@@ -282,9 +284,10 @@ impl Owner {
         if let Some(end) = self.end.take() {
             return Some(end);
         }
-        let deadline = self.shutdown?;
-        let quiet =
-            self.jobs.values().all(|j| j.phase == Phase::Over) && self.work.values().all(Work::reported);
-        (quiet || now >= deadline.saturating_add(REPORT_NANOS)).then_some(End::Told)
+        let shutdown = self.shutdown?;
+        let quiet = shutdown.hands_back(now)
+            && self.jobs.values().all(|j| j.phase == Phase::Over)
+            && self.work.values().all(Work::reported);
+        (quiet || now >= shutdown.drain_by.saturating_add(REPORT_NANOS)).then_some(End::Told)
     }
 }

@@ -9,7 +9,7 @@ use gogrid_agent_core::plan::Phase;
 use gogrid_agent_core::protocol::Readback;
 use gogrid_agent_core::report::bucketed_devices;
 use gogrid_agent_core::session::{Nanos, Standing};
-use gogrid_api::condition::set_condition;
+use gogrid_api::condition::{self, set_condition};
 use gogrid_api::effective::Limits;
 use gogrid_api::names::{CPU_DEVICE, node_lease};
 use gogrid_api::node::{Enforcement, Heartbeat, RunningProgress};
@@ -18,6 +18,8 @@ use gogrid_api::{Bytes, Condition, ConditionStatus, GpuNodeStatus};
 use std::collections::BTreeMap;
 
 const RETRY_NANOS: Nanos = 1_000_000_000;
+const READY: &str = "Ready";
+const ENDING: &str = "Ending";
 
 impl Owner {
     pub(super) fn node_changed(&mut self, uid: String, labels: BTreeMap<String, String>) {
@@ -43,6 +45,10 @@ impl Owner {
         match result {
             Ok(()) => {
                 self.node_ensure = false;
+                let ready = condition::find(&status.conditions, READY);
+                if let Some(shutdown) = &mut self.shutdown {
+                    shutdown.said |= ready.is_some_and(|c| c.reason == ENDING);
+                }
                 self.pace.wrote(status, now);
             }
             Err(error) => {
@@ -62,7 +68,8 @@ impl Owner {
             return;
         }
         self.refresh(now);
-        if !self.pace.due(&self.status, self.tools.config.timing, now) {
+        let untold = self.shutdown.is_some_and(|s| !s.said);
+        if !untold && !self.pace.due(&self.status, self.tools.config.timing, now) {
             return;
         }
         self.node_writing = true;
@@ -112,7 +119,7 @@ impl Owner {
         let (status, reason, message) = if self.shutdown.is_some() {
             (
                 ConditionStatus::False,
-                "Ending",
+                ENDING,
                 "the agent was told to end and hands its jobs back",
             )
         } else if self.pool.is_some() {
@@ -129,7 +136,7 @@ impl Owner {
             )
         };
         Condition {
-            type_: "Ready".into(),
+            type_: READY.into(),
             status,
             reason: reason.into(),
             message: message.into(),

@@ -109,9 +109,9 @@ fn a_deleted_agent_pod_costs_its_jobs_a_moment_and_no_record() -> Result<()> {
         })
         .await?;
         let job = until_right(&installed, &job, &questions).await?;
-        // Handed back by the old pod, it may be placed there once more before the operator sees that this one goes.
+        // Handed back by a pod that had said before that it ends: nothing is placed there in between.
         let placements = job.status.map_or(0, |s| s.epoch);
-        ensure!((2..=3).contains(&placements), "{placements} placements");
+        ensure!(placements == 2, "{placements} placements");
         Ok(())
     })
 }
