@@ -13,11 +13,11 @@ export CARGO_INCREMENTAL ?= 0
 FEATURES := gogrid-operator/faults,gogrid-agent/faults,gogrid-worker/faults
 CARGO_DENY := $(CACHE)/tools/bin/cargo-deny
 CARGO_DENY_VERSION := 0.20.2
+CARGO_AUDITABLE := $(CACHE)/tools/bin/cargo-auditable
+CARGO_AUDITABLE_VERSION := 0.7.7
 
 say = @printf '\n== [%(%H:%M:%S)T] %s\n' -1 '$(1)'
 
-# What the operator's image holds must run without any library.
-MUSL := x86_64-unknown-linux-musl
 IMAGES ?= $(CARGO_TARGET_DIR)/images
 
 .PHONY: help demo test soak prepare controlplane prometheus nodes build lint unit e2e deny advisories clean images demo-cluster cluster-up cluster-down
@@ -33,13 +33,15 @@ demo: prepare controlplane ## The main job on this machine: control plane, opera
 test: prepare lint controlplane prometheus nodes build unit e2e deny ## Everything that CI runs.
 	$(call say,all of make test has passed)
 
-soak: prepare controlplane build ## What takes real time: leases of 40 s, minutes of idling.
+soak: prepare controlplane build $(CARGO_AUDITABLE) ## What takes real time: leases of 40 s, minutes of idling.
 	$(call say,leases of 40 s: an idle cluster and a lost node)
 	@GOGRID_TEST_LEASE_SECONDS=40 cargo test --workspace --features $(FEATURES) --no-fail-fast --test idle --test crashes -- --test-threads=1 --nocapture --skip killed_before_or_after
 	$(call say,the modelled store against the real API server: 10 000 operations)
 	@GOGRID_STORE_OPERATIONS=10000 cargo test --workspace --features $(FEATURES) --test store_model -- --nocapture
 	$(call say,simulated clusters: 10 000 schedules)
 	@cargo run --release -p gogrid-tests --bin sim -- --seeds 10000
+	$(call say,images built in two folders - half an hour)
+	@PATH=$(CACHE)/tools/bin:$$PATH tests/reproducible.sh
 	$(call say,1000 probes of a GPU driver that hang or crash)
 	@GOGRID_SOAK=1 cargo test --workspace --features $(FEATURES) --test nvml -- --test-threads=1 --nocapture chaos
 
@@ -72,15 +74,10 @@ cluster-up: prepare controlplane ## Two real nodes with GoGrid's images on this 
 cluster-down: ## End what cluster-up started; nothing of it is left.
 	@"$$CARGO_TARGET_DIR"/debug/cluster down
 
-images: prepare ## The container images as OCI archives, without Docker: same source, same digests.
-	$(call say,operator - static)
-	@rustup target add $(MUSL) 2>/dev/null || true
-	@CC_$(subst -,_,$(MUSL))=cc cargo build --release --locked --target $(MUSL) --package gogrid-operator
-	$(call say,agent and worker)
-	@cargo build --release --locked --package gogrid-agent --package gogrid-worker
-	@cargo run --quiet --package gogrid-tests --bin images -- --out $(IMAGES) \
-	  --operator "$$CARGO_TARGET_DIR"/$(MUSL)/release/gogrid-operator \
-	  --agent "$$CARGO_TARGET_DIR"/release/gogrid-agent --worker "$$CARGO_TARGET_DIR"/release/gogrid-worker
+images: prepare $(CARGO_AUDITABLE) ## The container images as OCI archives, without Docker: same source, same digests.
+	$(call say,programs for release - first time about 15 minutes)
+	@PATH=$(CACHE)/tools/bin:$$PATH charts/gogrid/images/programs.sh
+	@cargo run --quiet --package gogrid-tests --bin images -- --out $(IMAGES) --programs "$$CARGO_TARGET_DIR"
 
 # --all-targets: one set of features for programs and tests, so that nothing is built twice.
 build:
@@ -111,6 +108,11 @@ advisories: $(CARGO_DENY) ## Ask the advisory database about all dependencies (n
 $(CARGO_DENY):
 	$(call say,building cargo-deny $(CARGO_DENY_VERSION) - about 5 minutes)
 	@cargo install cargo-deny --version $(CARGO_DENY_VERSION) --locked --no-default-features --root $(CACHE)/tools --target-dir $(CACHE)/tools/target
+	@rm -rf $(CACHE)/tools/target
+
+$(CARGO_AUDITABLE):
+	$(call say,building cargo-auditable $(CARGO_AUDITABLE_VERSION) - under a minute)
+	@cargo install cargo-auditable --version $(CARGO_AUDITABLE_VERSION) --locked --root $(CACHE)/tools --target-dir $(CACHE)/tools/target
 	@rm -rf $(CACHE)/tools/target
 
 clean: ## Remove what was built, control plane binaries included.

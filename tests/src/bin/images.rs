@@ -1,4 +1,5 @@
-//! `make images`: the three container images as OCI archives, from programs that are already built for release.
+//! `make images`: the three container images as OCI archives, each with its bill of materials, from programs that are already
+//! built for release.
 
 use std::path::PathBuf;
 
@@ -15,15 +16,9 @@ const NODE_LIMIT: usize = 60 * MIB;
 /// Writes GoGrid's container images without a container tool.
 #[derive(Parser)]
 struct Arguments {
-    /// The operator, static.
+    /// Cargo's target directory with the programs.
     #[arg(long)]
-    operator: PathBuf,
-    /// The agent.
-    #[arg(long)]
-    agent: PathBuf,
-    /// The worker.
-    #[arg(long)]
-    worker: PathBuf,
+    programs: PathBuf,
     /// Tag of all three.
     #[arg(long, default_value = env!("CARGO_PKG_VERSION"))]
     tag: String,
@@ -33,20 +28,19 @@ struct Arguments {
 }
 
 fn main() -> Result<()> {
-    let Arguments {
-        operator,
-        agent,
-        worker,
-        tag,
-        out,
-    } = Arguments::parse();
+    let Arguments { programs, tag, out } = Arguments::parse();
     std::fs::create_dir_all(&out).with_context(|| format!("creating {}", out.display()))?;
-    let images = Built {
-        operator,
-        agent,
-        worker,
+    let built = Built {
+        operator: programs.join("x86_64-unknown-linux-musl/release/gogrid-operator"),
+        agent: programs.join("release/gogrid-agent"),
+        worker: programs.join("release/gogrid-worker"),
+    };
+    for (name, bill) in built.bills()? {
+        let path = out.join(format!("gogrid-{name}-{tag}.cdx.json"));
+        std::fs::write(&path, format!("{bill:#}\n"))
+            .with_context(|| format!("writing {}", path.display()))?;
     }
-    .images(&tag)?;
+    let images = built.images(&tag)?;
     for (name, image) in &images {
         let path = out.join(format!("gogrid-{name}-{tag}.tar"));
         std::fs::write(&path, &image.archive).with_context(|| format!("writing {}", path.display()))?;

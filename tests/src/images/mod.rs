@@ -4,6 +4,7 @@
 //! build with a container tool. Must not: compile anything.
 
 mod oci;
+mod sbom;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -11,7 +12,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
 use gogrid_testmodels::demo;
-use serde_json::json;
+use serde_json::{Value, json};
 
 pub use oci::{Image, Layer, image};
 
@@ -37,6 +38,19 @@ pub fn reference(program: &str, tag: &str) -> String {
 }
 
 impl Built {
+    /// Bills of materials by short name, CycloneDX; fails for programs that were built without `cargo auditable`.
+    pub fn bills(&self) -> Result<BTreeMap<&'static str, Value>> {
+        let programs = [
+            ("operator", &self.operator),
+            ("agent", &self.agent),
+            ("worker", &self.worker),
+        ];
+        programs
+            .into_iter()
+            .map(|(name, program)| Ok((name, sbom::bill(&sbom::listed(program)?, &libraries(program)?))))
+            .collect()
+    }
+
     /// Images by short name (`operator`, `agent`, `worker`), under that tag.
     pub fn images(&self, tag: &str) -> Result<BTreeMap<&'static str, Image>> {
         let model = std::fs::read(demo::demo_model_path(demo::Quant::Q4K)).context("the demo model")?;
@@ -79,9 +93,8 @@ pub fn pause(program: &Path) -> Result<Vec<u8>> {
 /// A layer with the program in `/usr/bin`, stripped, and the shared libraries it needs, if any.
 fn with_program(program: &Path, name: &str) -> Result<Layer> {
     let mut layer = Layer::default().file(&format!("/usr/bin/{name}"), stripped(program)?, true);
-    for library in libraries(program)? {
-        let content = read(Path::new(&library))?;
-        layer = layer.file(&library, content, true);
+    for (path, content) in libraries(program)? {
+        layer = layer.file(&path, content, true);
     }
     Ok(layer)
 }
@@ -109,8 +122,8 @@ fn stripped(program: &Path) -> Result<Vec<u8>> {
     read(output.path())
 }
 
-/// Paths of the shared libraries and the loader that a program needs; none when it is static.
-fn libraries(program: &Path) -> Result<Vec<String>> {
+/// Path and content of the shared libraries and the loader that a program needs; none when it is static.
+fn libraries(program: &Path) -> Result<Vec<(String, Vec<u8>)>> {
     let ended = Command::new("ldd")
         .arg(program)
         .stdin(Stdio::null())
@@ -125,7 +138,8 @@ fn libraries(program: &Path) -> Result<Vec<String>> {
         "ldd {}: {text}",
         program.display()
     );
-    Ok(needed(&text))
+    let with_content = |path: String| Ok((path.clone(), read(Path::new(&path))?));
+    needed(&text).into_iter().map(with_content).collect()
 }
 
 /// The absolute paths in `ldd`'s answer; what the kernel maps by itself has none.
