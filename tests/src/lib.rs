@@ -5,6 +5,7 @@
 
 pub mod chart;
 pub mod cluster;
+pub mod confinement;
 pub mod controlplane;
 pub mod images;
 pub mod installed;

@@ -92,6 +92,16 @@ pub fn cpu_ticks(pid: u32) -> Result<i64> {
     Ok(field(14)? + field(15)?)
 }
 
+/// Memory of a process that is in RAM, in KiB.
+pub fn resident_kib(pid: u32) -> Result<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let number = line
+        .and_then(|line| line.split_whitespace().next())
+        .context("no VmRSS")?;
+    Ok(number.parse()?)
+}
+
 /// `oom_score_adj` of a process.
 pub fn oom_score_adj(pid: u32) -> Result<i64> {
     Ok(std::fs::read_to_string(format!("/proc/{pid}/oom_score_adj"))?

@@ -1,4 +1,4 @@
-//! A cluster with nothing to do writes nothing but Leases.
+//! A cluster with nothing to do writes nothing but Leases and takes little memory.
 
 use std::time::Duration;
 
@@ -6,6 +6,7 @@ use anyhow::{Result, ensure};
 use gogrid_tests::cluster::{Cluster, ClusterOptions, NAMESPACE, on_runtime, tenths_of_lease};
 use gogrid_tests::controlplane::{AuditEvent, ControlPlane};
 use gogrid_tests::jobs::{Questions, spec};
+use gogrid_tests::procfs;
 use gogrid_tests::wait::eventually;
 
 fn ours(events: Vec<AuditEvent>) -> Vec<AuditEvent> {
@@ -17,7 +18,7 @@ fn ours(events: Vec<AuditEvent>) -> Vec<AuditEvent> {
 }
 
 #[test]
-fn three_idle_agents_and_five_finished_jobs_cause_no_write_but_leases() -> Result<()> {
+fn three_idle_agents_and_five_finished_jobs_cause_no_write_but_leases_and_take_little_memory() -> Result<()> {
     on_runtime(async {
         let control = ControlPlane::shared().await?;
         let cluster = Cluster::start(control.clone(), ClusterOptions::quick(3)).await?;
@@ -53,6 +54,15 @@ fn three_idle_agents_and_five_finished_jobs_cause_no_write_but_leases() -> Resul
         println!("{leases} lease writes and {} others in {span:?}", writes.len());
         ensure!(leases > 0, "the audit log saw no lease: is it on?");
         ensure!(writes.is_empty(), "{writes:#?}");
+        for (name, limit_mib) in [("operator", 40), ("node-1", 30), ("node-2", 30), ("node-3", 30)] {
+            let pid = u32::try_from(cluster.process(name)?.pid())?;
+            let kib = procfs::resident_kib(pid)?;
+            println!("{name}: {kib} KiB resident");
+            ensure!(
+                kib <= limit_mib * 1024,
+                "{name}: {kib} KiB resident, more than {limit_mib} MiB"
+            );
+        }
         Ok(())
     })
 }

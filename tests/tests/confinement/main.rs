@@ -7,32 +7,18 @@
     reason = "a test ends by panicking"
 )]
 
-mod attempt;
-mod matrix;
 mod rights;
 mod world;
 
 use gogrid_tests::chart;
+use gogrid_tests::confinement::{Attempt, Outcome, Verb, matrix, surprises};
 use gogrid_tests::wait::eventually;
 use k8s_openapi::api::admissionregistration::v1::ValidatingAdmissionPolicyBinding;
 use kube::api::{Api, DeleteParams};
 use serde_json::json;
 use std::time::Duration;
 
-use attempt::{Attempt, Outcome, Verb};
 use world::{CONFINEMENT, NAMESPACE, NODES, World};
-
-/// Runs every attempt and names those that did not end as `wanted`.
-async fn surprises(client: &kube::Client, who: &str, attempts: &[Attempt], wanted: &Outcome) -> Vec<String> {
-    let mut found = Vec::new();
-    for attempt in attempts {
-        let outcome = attempt.outcome(client).await;
-        if !outcome.is(wanted) {
-            found.push(format!("{who}: {attempt}: wanted {wanted:?}, got {outcome:?}"));
-        }
-    }
-    found
-}
 
 #[tokio::test]
 async fn an_agent_writes_for_its_own_node_and_for_no_other() {
@@ -43,8 +29,8 @@ async fn an_agent_writes_for_its_own_node_and_for_no_other() {
     for (own, foreign) in [(NODES[0], NODES[1]), (NODES[1], NODES[0])] {
         let client = world.agent(own).await;
         let (ours, theirs) = (
-            matrix::writes(world, own).await,
-            matrix::writes(world, foreign).await,
+            matrix::writes(&world.admin().await, own).await.unwrap(),
+            matrix::writes(&world.admin().await, foreign).await.unwrap(),
         );
         found.extend(surprises(&client, own, &ours, &Outcome::Allowed).await);
         found.extend(surprises(&client, own, &theirs, &Outcome::RefusedByPolicy).await);
@@ -59,7 +45,9 @@ async fn an_agent_can_neither_take_over_nor_disguise_a_chunk() {
     let world = World::get().await;
     let _undisturbed = world.policies.read().await;
     let client = world.agent(NODES[0]).await;
-    let attempts = matrix::disguises(world, NODES[0], NODES[1]).await;
+    let attempts = matrix::disguises(&world.admin().await, NODES[0], NODES[1])
+        .await
+        .unwrap();
     let found = surprises(&client, NODES[0], &attempts, &Outcome::RefusedByPolicy).await;
     assert!(
         found.is_empty(),
@@ -80,7 +68,7 @@ async fn a_token_that_is_bound_to_no_pod_writes_nothing() {
     let impersonated = chart::client_as(&world.plane, &user, &[]).await.unwrap();
     let mut found = Vec::new();
     for node in NODES {
-        let attempts = matrix::writes(world, node).await;
+        let attempts = matrix::writes(&world.admin().await, node).await.unwrap();
         found.extend(surprises(&unbound, "unbound", &attempts, &Outcome::RefusedByPolicy).await);
         found.extend(
             surprises(
@@ -174,8 +162,12 @@ async fn without_the_policy_an_agent_writes_for_every_node() {
         .unwrap();
 
     let client = world.agent(NODES[0]).await;
-    let mut attempts = matrix::writes(world, NODES[1]).await;
-    attempts.extend(matrix::disguises(world, NODES[0], NODES[1]).await);
+    let mut attempts = matrix::writes(&world.admin().await, NODES[1]).await.unwrap();
+    attempts.extend(
+        matrix::disguises(&world.admin().await, NODES[0], NODES[1])
+            .await
+            .unwrap(),
+    );
     let found = surprises(&client, "unconfined", &attempts, &Outcome::Allowed).await;
 
     chart::install(&world.plane, NAMESPACE, &json!({})).await.unwrap();
@@ -201,7 +193,7 @@ async fn what_a_gone_owner_leaves_behind_is_collected_in_spite_of_the_policies()
     nodes.delete("node-gone", &DeleteParams::default()).await.unwrap();
     let operator = world.operator().await;
     let deletion = Attempt::new(Verb::Delete, matrix::assignment_path("node-gone")).for_good();
-    assert!(deletion.outcome(&operator).await.is(&Outcome::Allowed));
+    assert_eq!(deletion.outcome(&operator).await, Outcome::Allowed);
 
     for path in [
         matrix::gpu_node_path("node-gone"),

@@ -1,13 +1,13 @@
 //! What roles alone give each account, and what they keep from it.
 
+use gogrid_tests::confinement::matrix::{
+    COORDINATION, GOGRID, GPU_NODES, JOBS, assignment, assignment_path, assignments, chunk_path, config_maps,
+    gpu_node, gpu_node_path, job, lease_path, leases, typed,
+};
+use gogrid_tests::confinement::{Attempt, Verb};
 use serde_json::json;
 
-use crate::attempt::{Attempt, Verb};
-use crate::matrix::{
-    COORDINATION, GOGRID, GPU_NODES, JOBS, assignment, assignment_path, assignments, chunk_path, config_maps,
-    gpu_node, gpu_node_path, job, lease_path, leases,
-};
-use crate::world::{NAMESPACE, World, typed};
+use crate::world::{NAMESPACE, World};
 
 const JOB: &str = "/apis/gogrid.dev/v1alpha1/namespaces/default/inferencejobs/a-job";
 const PROFILES: &str = "/apis/gogrid.dev/v1alpha1/resourceprofiles";

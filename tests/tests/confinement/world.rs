@@ -3,13 +3,12 @@
 use std::sync::Arc;
 
 use gogrid_tests::chart;
+use gogrid_tests::confinement::matrix::{self, typed};
+use gogrid_tests::confinement::{furnish, make};
 use gogrid_tests::controlplane::ControlPlane;
 use kube::Client;
 use serde_json::{Value, json};
 use tokio::sync::{OnceCell, RwLock};
-
-use crate::attempt::{Attempt, Verb};
-use crate::matrix;
 
 /// GoGrid's own namespace here.
 pub(crate) const NAMESPACE: &str = "gogrid-system";
@@ -43,46 +42,31 @@ impl World {
             policies: RwLock::new(()),
             operator_token,
         };
-        world
-            .put(
-                Verb::Create,
-                "/api/v1/namespaces/default/secrets",
-                json!({"metadata": {"name": "a-secret"}}),
-            )
-            .await;
-        world
-            .put(
-                Verb::Create,
-                "/api/v1/namespaces/default/configmaps",
-                json!({"metadata": {"name": "an-input"}}),
-            )
-            .await;
-        for name in ["input-of-a-job", "result-of-nobody"] {
-            world
-                .put(
-                    Verb::Create,
-                    &format!("/api/v1/namespaces/{NAMESPACE}/configmaps"),
-                    json!({"metadata": {"name": name}}),
-                )
-                .await;
-        }
-        world
-            .put(
-                Verb::Create,
-                "/apis/coordination.k8s.io/v1/namespaces/kube-system/leases",
-                json!({"metadata": {"name": "gogrid-leader"}, "spec": {"leaseTransitions": 1}}),
-            )
-            .await;
-        world.put(Verb::Create, matrix::JOBS, matrix::job()).await;
+        let admin = world.admin().await;
         let preset =
             json!({"metadata": {"name": "conservative"}, "spec": gogrid_api::profile::presets()[0].1});
-        world
-            .put(
-                Verb::Create,
+        for (path, body) in [
+            (
+                "/api/v1/namespaces/default/secrets",
+                json!({"metadata": {"name": "a-secret"}}),
+            ),
+            (
+                "/api/v1/namespaces/default/configmaps",
+                json!({"metadata": {"name": "an-input"}}),
+            ),
+            (
+                "/apis/coordination.k8s.io/v1/namespaces/kube-system/leases",
+                json!({"metadata": {"name": "gogrid-leader"}, "spec": {"leaseTransitions": 1}}),
+            ),
+            (matrix::JOBS, matrix::job()),
+            (
                 "/apis/gogrid.dev/v1alpha1/resourceprofiles",
                 typed("gogrid.dev/v1alpha1", "ResourceProfile", preset),
-            )
-            .await;
+            ),
+        ] {
+            make(&admin, path, body).await.unwrap();
+        }
+        furnish(&admin).await.unwrap();
         for node in NODES {
             let made = world.plane.create_node(node).await.unwrap();
             world.add_gpu_node(node, made.metadata.uid.as_deref()).await;
@@ -93,10 +77,9 @@ impl World {
         world
     }
 
-    async fn put(&self, verb: Verb, path: &str, body: Value) {
-        let admin = self.plane.admin_client().await.unwrap();
-        let done = Attempt::with(verb, path, body).for_good().answer(&admin).await;
-        done.unwrap_or_else(|error| panic!("{path}: {error}"));
+    /// A client with every right.
+    pub(crate) async fn admin(&self) -> Client {
+        self.plane.admin_client().await.unwrap()
     }
 
     /// A client with the token of the agent's pod on `node`; the pod is made when there is none.
@@ -123,11 +106,7 @@ impl World {
 
     /// What is stored at `path`, as the admin sees it.
     pub(crate) async fn stored(&self, path: &str) -> Value {
-        let admin = self.plane.admin_client().await.unwrap();
-        Attempt::new(Verb::Get, path)
-            .answer(&admin)
-            .await
-            .unwrap_or_else(|error| panic!("{path}: {error}"))
+        matrix::stored(&self.admin().await, path).await.unwrap()
     }
 
     /// The node's agent makes its GpuNode, owned by the Node where its uid is given.
@@ -147,33 +126,22 @@ impl World {
 
     /// The operator orders something of the node.
     pub(crate) async fn add_assignment(&self, node: &str) {
-        let operator = self.operator().await;
-        let order = Attempt::with(Verb::Create, matrix::assignments(), matrix::assignment(node)).for_good();
-        order
-            .answer(&operator)
-            .await
-            .unwrap_or_else(|error| panic!("{order}: {error}"));
+        make(
+            &self.operator().await,
+            &matrix::assignments(),
+            matrix::assignment(node),
+        )
+        .await
+        .unwrap();
     }
 
     /// The node's agent writes its first chunk of results.
     pub(crate) async fn add_chunk(&self, node: &str) {
-        let chunk = matrix::chunk(self, node, 0).await;
+        let chunk = matrix::chunk(&self.admin().await, node, 0).await.unwrap();
         self.by_agent(node, &matrix::config_maps(), chunk).await;
     }
 
     async fn by_agent(&self, node: &str, path: &str, body: Value) {
-        let agent = self.agent(node).await;
-        let write = Attempt::with(Verb::Create, path, body).for_good();
-        write
-            .answer(&agent)
-            .await
-            .unwrap_or_else(|error| panic!("{write}: {error}"));
+        make(&self.agent(node).await, path, body).await.unwrap();
     }
-}
-
-/// `body` with its type.
-pub(crate) fn typed(api_version: &str, kind: &str, mut body: Value) -> Value {
-    body["apiVersion"] = json!(api_version);
-    body["kind"] = json!(kind);
-    body
 }

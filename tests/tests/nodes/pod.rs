@@ -1,15 +1,19 @@
 //! What the agent's pod may do, as the kernel says it and not as the chart does.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
+use gogrid_tests::chart;
 use gogrid_tests::cluster::NAMESPACE;
+use gogrid_tests::confinement::{Attempt, Outcome, Verb, furnish, make, matrix, surprises};
 use gogrid_tests::installed::Installed;
 use gogrid_tests::jobs::Questions;
 use gogrid_tests::procfs::{self, Seen};
 use gogrid_tests::wait::eventually;
 use kube::ResourceExt as _;
 use kube::api::{Api, DeleteParams};
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::{LONG, on_real_nodes, submit, until_answering};
 
@@ -156,4 +160,94 @@ fn from_the_workers_container_neither_a_network_nor_the_api_server_nor_a_foreign
         ensure!(said.contains("write to /: Read-only file system"), "{said}");
         Ok(())
     })
+}
+
+/// With the tokens that lie in the running pods. Operator and agents stand still meanwhile, so that nobody else writes.
+#[test]
+fn the_token_in_an_agents_pod_writes_for_that_pods_node_and_for_no_other() -> Result<()> {
+    on_real_nodes(|installed| async move {
+        let control = &installed.nodes.control;
+        let admin = &installed.client;
+        let mut still = vec![];
+        let mut agents = BTreeMap::new();
+        for node in installed.nodes.all() {
+            let processes = node.processes()?;
+            let agent = one(&processes, "gogrid-agent --namespace")?;
+            let of_operator = processes.iter().filter(|p| p.command.contains("gogrid-operator"));
+            still.extend(of_operator.map(|p| p.pid).chain([agent.pid]));
+            let token = format!(
+                "/proc/{}/root/var/run/secrets/kubernetes.io/serviceaccount/token",
+                agent.pid
+            );
+            let token = std::fs::read_to_string(token)?;
+            agents.insert(
+                node.name().to_owned(),
+                control.client_for_token(token.trim()).await?,
+            );
+        }
+        let operator = control.token_for_sa(NAMESPACE, chart::OPERATOR).await?;
+        let operator = control.client_for_token(&operator).await?;
+        let stopped = Stopped::these(&still)?;
+        furnish(admin).await?;
+        for (node, agent) in &agents {
+            make(&operator, &matrix::assignments(), matrix::assignment(node)).await?;
+            let chunk = matrix::chunk(admin, node, 0).await?;
+            make(agent, &matrix::config_maps(), chunk).await?;
+        }
+        let (mut cells, mut found) = (0, vec![]);
+        for (own, agent) in &agents {
+            for node in agents.keys() {
+                let writes = matrix::writes(admin, node).await?;
+                let wanted = if node == own {
+                    Outcome::Allowed
+                } else {
+                    Outcome::RefusedByPolicy
+                };
+                found.extend(surprises(agent, own, &writes, &wanted).await);
+                cells += writes.len();
+                if node != own {
+                    let disguises = matrix::disguises(admin, own, node).await?;
+                    found.extend(surprises(agent, own, &disguises, &Outcome::RefusedByPolicy).await);
+                    cells += disguises.len();
+                }
+            }
+        }
+        for node in agents.keys() {
+            Attempt::new(Verb::Delete, matrix::assignment_path(node))
+                .for_good()
+                .answer(&operator)
+                .await?;
+        }
+        drop(stopped);
+        for node in agents.keys() {
+            installed.until_node_ready(node).await?;
+        }
+        ensure!(found.is_empty(), "{} of {cells} cells: {found:#?}", found.len());
+        println!("{cells} cells");
+        Ok(())
+    })
+}
+
+/// Processes that stand still until this is dropped.
+struct Stopped(Vec<Pid>);
+
+impl Stopped {
+    fn these(pids: &[u32]) -> Result<Self> {
+        let mut stopped = Self(vec![]);
+        for pid in pids {
+            let pid = Pid::from_raw(i32::try_from(*pid)?).context("process 0")?;
+            kill_process(pid, Signal::STOP)?;
+            stopped.0.push(pid);
+        }
+        Ok(stopped)
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        for pid in &self.0 {
+            // It may have been killed meanwhile.
+            let _ = kill_process(*pid, Signal::CONT);
+        }
+    }
 }

@@ -112,14 +112,6 @@ impl Bench {
     }
 }
 
-/// Resident memory of a process in KiB.
-fn resident_kib(pid: u32) -> Result<u64> {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    let number = line.and_then(|rest| rest.split_whitespace().next());
-    Ok(number.context("no VmRSS")?.parse()?)
-}
-
 #[test]
 fn sixteen_cards_with_calls_of_4_ms_are_all_listed_at_under_1_percent_of_a_core() -> Result<()> {
     on_runtime(async {
@@ -190,8 +182,8 @@ fn sixteen_cards_with_calls_of_4_ms_are_all_listed_at_under_1_percent_of_a_core(
         println!(
             "16 cards once a second over {seconds:.1} s: agent {of_agent:.2} %, probe {of_probe:.2} % of a core; agent \
              {} KiB, probe {} KiB resident; {memory} memory calls, {lists} process lists",
-            resident_kib(agent)?,
-            resident_kib(probe)?
+            procfs::resident_kib(agent)?,
+            procfs::resident_kib(probe)?
         );
         // Debug builds; each by itself, as each is a process that an admin sees.
         ensure!(
@@ -202,7 +194,11 @@ fn sixteen_cards_with_calls_of_4_ms_are_all_listed_at_under_1_percent_of_a_core(
             (16 * 7..=16 * 12).contains(&memory) && lists == 0,
             "{memory} memory calls, {lists} lists"
         );
-        ensure!(resident_kib(agent)? <= 30 << 10, "{} KiB", resident_kib(agent)?);
+        ensure!(
+            procfs::resident_kib(agent)? <= 30 << 10,
+            "{} KiB",
+            procfs::resident_kib(agent)?
+        );
         Ok(())
     })
 }
@@ -422,7 +418,7 @@ fn an_idle_agent_without_a_driver_keeps_under_30_mib_and_half_a_percent_of_a_cor
         tokio::time::sleep(Duration::from_secs(10)).await;
         let used = procfs::cpu_ticks(agent)? - before;
         let percent = f64::from(i32::try_from(used)?) / began.elapsed().as_secs_f64();
-        let kib = resident_kib(agent)?;
+        let kib = procfs::resident_kib(agent)?;
         println!("an idle agent: {percent:.2} % of a core, {kib} KiB resident");
         ensure!(percent <= 0.5, "{percent:.2} % of a core");
         ensure!(kib <= 30 << 10, "{kib} KiB");

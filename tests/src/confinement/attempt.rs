@@ -7,7 +7,7 @@ use serde_json::Value;
 
 /// What is asked of the API server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Verb {
+pub enum Verb {
     /// Reads one object or a list.
     Get,
     /// Posts a new object.
@@ -24,7 +24,7 @@ pub(crate) enum Verb {
 
 /// How an attempt ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Outcome {
+pub enum Outcome {
     /// Admission let it pass.
     Allowed,
     /// RBAC refused it.
@@ -37,16 +37,9 @@ pub(crate) enum Outcome {
     Other(String),
 }
 
-impl Outcome {
-    /// Whether this is the other.
-    pub(crate) fn is(&self, other: &Outcome) -> bool {
-        self == other
-    }
-}
-
 /// A request, as a dry run unless said otherwise: admission judges it and nothing is stored.
 #[derive(Clone, Debug)]
-pub(crate) struct Attempt {
+pub struct Attempt {
     verb: Verb,
     path: String,
     body: Value,
@@ -56,7 +49,7 @@ pub(crate) struct Attempt {
 
 impl Attempt {
     /// A request without a body.
-    pub(crate) fn new(verb: Verb, path: impl Into<String>) -> Self {
+    pub fn new(verb: Verb, path: impl Into<String>) -> Self {
         Self {
             verb,
             path: path.into(),
@@ -67,7 +60,7 @@ impl Attempt {
     }
 
     /// A request with a body.
-    pub(crate) fn with(verb: Verb, path: impl Into<String>, body: Value) -> Self {
+    pub fn with(verb: Verb, path: impl Into<String>, body: Value) -> Self {
         Self {
             body,
             ..Self::new(verb, path)
@@ -75,12 +68,14 @@ impl Attempt {
     }
 
     /// Says what is special about it.
-    pub(crate) fn noted(self, note: &'static str) -> Self {
+    #[must_use]
+    pub fn noted(self, note: &'static str) -> Self {
         Self { note, ..self }
     }
 
     /// Stores what it writes.
-    pub(crate) fn for_good(self) -> Self {
+    #[must_use]
+    pub fn for_good(self) -> Self {
         Self {
             dry_run: false,
             ..self
@@ -88,7 +83,7 @@ impl Attempt {
     }
 
     /// Sends it.
-    pub(crate) async fn outcome(&self, client: &Client) -> Outcome {
+    pub async fn outcome(&self, client: &Client) -> Outcome {
         match self.answer(client).await {
             Ok(_) => Outcome::Allowed,
             Err(kube::Error::Api(status)) => {
@@ -115,7 +110,7 @@ impl Attempt {
     }
 
     /// Sends it and returns the object that came back.
-    pub(crate) async fn answer(&self, client: &Client) -> Result<Value, kube::Error> {
+    pub async fn answer(&self, client: &Client) -> Result<Value, kube::Error> {
         let (method, content_type) = match self.verb {
             Verb::Get => ("GET", ""),
             Verb::Create => ("POST", "application/json"),

@@ -1,25 +1,34 @@
 //! The rows of the matrix: what an agent writes for its node, and what it might try beyond.
 
+use anyhow::{Context as _, Result};
 use gogrid_api::names;
+use kube::Client;
 use serde_json::{Value, json};
 
-use crate::attempt::{Attempt, Verb};
-use crate::world::{NAMESPACE, World, typed};
+use super::attempt::{Attempt, Verb};
+use crate::cluster::NAMESPACE;
 
-pub(crate) const GOGRID: &str = "/apis/gogrid.dev/v1alpha1";
-pub(crate) const COORDINATION: &str = "/apis/coordination.k8s.io/v1";
-pub(crate) const GPU_NODES: &str = "/apis/gogrid.dev/v1alpha1/gpunodes";
-pub(crate) const JOBS: &str = "/apis/gogrid.dev/v1alpha1/namespaces/default/inferencejobs";
+/// GoGrid's API group.
+pub const GOGRID: &str = "/apis/gogrid.dev/v1alpha1";
+/// The API group of Leases.
+pub const COORDINATION: &str = "/apis/coordination.k8s.io/v1";
+/// All GpuNodes.
+pub const GPU_NODES: &str = "/apis/gogrid.dev/v1alpha1/gpunodes";
+/// The jobs of namespace `default`.
+pub const JOBS: &str = "/apis/gogrid.dev/v1alpha1/namespaces/default/inferencejobs";
 
-pub(crate) fn assignments() -> String {
+/// All orders.
+pub fn assignments() -> String {
     format!("{GOGRID}/namespaces/{NAMESPACE}/assignments")
 }
 
-pub(crate) fn leases() -> String {
+/// Leases of GoGrid's namespace.
+pub fn leases() -> String {
     format!("{COORDINATION}/namespaces/{NAMESPACE}/leases")
 }
 
-pub(crate) fn config_maps() -> String {
+/// ConfigMaps of GoGrid's namespace.
+pub fn config_maps() -> String {
     format!("/api/v1/namespaces/{NAMESPACE}/configmaps")
 }
 
@@ -27,19 +36,23 @@ fn assignment_name(node: &str) -> String {
     format!("job-of-{node}-1")
 }
 
-pub(crate) fn assignment_path(node: &str) -> String {
+/// The order that the node has in this matrix.
+pub fn assignment_path(node: &str) -> String {
     format!("{}/{}", assignments(), assignment_name(node))
 }
 
-pub(crate) fn gpu_node_path(node: &str) -> String {
+/// The node's GpuNode.
+pub fn gpu_node_path(node: &str) -> String {
     format!("{GPU_NODES}/{node}")
 }
 
-pub(crate) fn lease_path(node: &str) -> String {
+/// The node's Lease.
+pub fn lease_path(node: &str) -> String {
     format!("{}/{}", leases(), names::node_lease(node))
 }
 
-pub(crate) fn chunk_path(node: &str) -> String {
+/// The first chunk of results of the node's order.
+pub fn chunk_path(node: &str) -> String {
     format!(
         "{}/{}",
         config_maps(),
@@ -47,7 +60,8 @@ pub(crate) fn chunk_path(node: &str) -> String {
     )
 }
 
-pub(crate) fn gpu_node(node: &str) -> Value {
+/// A GpuNode as its agent makes it.
+pub fn gpu_node(node: &str) -> Value {
     typed(
         "gogrid.dev/v1alpha1",
         "GpuNode",
@@ -55,7 +69,8 @@ pub(crate) fn gpu_node(node: &str) -> Value {
     )
 }
 
-pub(crate) fn lease(node: &str) -> Value {
+/// A Lease as the node's agent makes it.
+pub fn lease(node: &str) -> Value {
     let spec = json!({"holderIdentity": "boot/instance", "leaseDurationSeconds": 40});
     typed(
         "coordination.k8s.io/v1",
@@ -64,7 +79,8 @@ pub(crate) fn lease(node: &str) -> Value {
     )
 }
 
-pub(crate) fn assignment(node: &str) -> Value {
+/// An order as the operator makes it, for a session that no agent has.
+pub fn assignment(node: &str) -> Value {
     let spec = json!({
         "kind": "Run", "job": {"namespace": "default", "name": "a-job", "uid": format!("job-of-{node}")}, "epoch": 1, "term": 1,
         "nodeName": node, "session": "boot/instance", "model": {"uri": "file:/srv/m.gguf", "sha256": "0".repeat(64)},
@@ -77,7 +93,8 @@ pub(crate) fn assignment(node: &str) -> Value {
     )
 }
 
-pub(crate) fn job() -> Value {
+/// A job.
+pub fn job() -> Value {
     let spec = json!({
         "model": {"uri": "file:/srv/m.gguf", "sha256": "0".repeat(64)},
         "input": {"inline": ["{}"]}, "output": {"configMap": "out"},
@@ -90,10 +107,10 @@ pub(crate) fn job() -> Value {
 }
 
 /// The n-th chunk of the node's assignment, in every way as it must be.
-pub(crate) async fn chunk(world: &World, node: &str, n: u32) -> Value {
+pub async fn chunk(admin: &Client, node: &str, n: u32) -> Result<Value> {
     let assignment = assignment_name(node);
-    let uid = world.stored(&assignment_path(node)).await["metadata"]["uid"].clone();
-    typed(
+    let uid = stored(admin, &assignment_path(node)).await?["metadata"]["uid"].clone();
+    Ok(typed(
         "v1",
         "ConfigMap",
         json!({
@@ -104,7 +121,7 @@ pub(crate) async fn chunk(world: &World, node: &str, n: u32) -> Value {
             },
             "data": {names::RESULTS_KEY: "{}"},
         }),
-    )
+    ))
 }
 
 fn without(mut object: Value, pointer: &str, field: &str) -> Value {
@@ -130,7 +147,7 @@ fn merge(object: &mut Value, change: &Value) {
 }
 
 /// Everything that the agent of `node` may write for it.
-pub(crate) async fn writes(world: &World, node: &str) -> Vec<Attempt> {
+pub async fn writes(admin: &Client, node: &str) -> Result<Vec<Attempt>> {
     let (assignment, gpu, beat, results) = (
         assignment_path(node),
         gpu_node_path(node),
@@ -140,11 +157,11 @@ pub(crate) async fn writes(world: &World, node: &str) -> Vec<Attempt> {
     let claimed = json!({"status": {"state": "Claimed"}});
     let seen = json!({"status": {"session": "boot/instance", "agentVersion": "0.1.0"}});
     let type_of = |kind: &str, body: &Value| typed("gogrid.dev/v1alpha1", kind, body.clone());
-    let mut renewed = world.stored(&beat).await;
+    let mut renewed = stored(admin, &beat).await?;
     renewed["spec"]["holderIdentity"] = json!("boot/next");
-    let mut answered = without(world.stored(&results).await, "/metadata", "managedFields");
+    let mut answered = without(stored(admin, &results).await?, "/metadata", "managedFields");
     answered["data"][names::RESULTS_KEY] = json!("{}\n{}");
-    vec![
+    Ok(vec![
         Attempt::with(Verb::Merge, format!("{assignment}/status"), claimed.clone()),
         Attempt::with(
             Verb::Apply,
@@ -162,19 +179,19 @@ pub(crate) async fn writes(world: &World, node: &str) -> Vec<Attempt> {
         Attempt::with(Verb::Apply, format!("{gpu}/status"), type_of("GpuNode", &seen)),
         Attempt::with(Verb::Create, leases(), lease(node)),
         Attempt::with(Verb::Update, &beat, renewed),
-        Attempt::with(Verb::Create, config_maps(), chunk(world, node, 7).await),
+        Attempt::with(Verb::Create, config_maps(), chunk(admin, node, 7).await?),
         Attempt::with(Verb::Update, &results, answered),
-    ]
+    ])
 }
 
 /// What the agent of `own` might try in order to write what is not its own, or to hide what it wrote.
-pub(crate) async fn disguises(world: &World, own: &str, other: &str) -> Vec<Attempt> {
-    let good = chunk(world, own, 7).await;
+pub async fn disguises(admin: &Client, own: &str, other: &str) -> Result<Vec<Attempt>> {
+    let good = chunk(admin, own, 7).await?;
     let create = |body: Value, note| Attempt::with(Verb::Create, config_maps(), body).noted(note);
     let change = async |path: String, body: Value, note| {
-        let mut object = without(world.stored(&path).await, "/metadata", "managedFields");
+        let mut object = without(stored(admin, &path).await?, "/metadata", "managedFields");
         merge(&mut object, &body);
-        Attempt::with(Verb::Update, path, object).noted(note)
+        anyhow::Ok(Attempt::with(Verb::Update, path, object).noted(note))
     };
     let renamed = |name: String| {
         let mut body = good.clone();
@@ -196,7 +213,7 @@ pub(crate) async fn disguises(world: &World, own: &str, other: &str) -> Vec<Atte
         format!("{}/input-of-a-job", config_maps()),
         format!("{}/gogrid-presets", config_maps()),
     );
-    vec![
+    Ok(vec![
         create(without(good.clone(), "/metadata", "labels"), "no label"),
         create(without(good.clone(), "/metadata", "ownerReferences"), "no owner"),
         create(of_a_map, "owner of another kind"),
@@ -223,35 +240,48 @@ pub(crate) async fn disguises(world: &World, own: &str, other: &str) -> Vec<Atte
             label(json!(other)),
             "own chunk labelled as another's",
         )
-        .await,
-        change(chunk_path(own), label(Value::Null), "label taken off").await,
+        .await?,
+        change(chunk_path(own), label(Value::Null), "label taken off").await?,
         change(
             chunk_path(own),
             json!({"metadata": {"ownerReferences": null}}),
             "owner taken off",
         )
-        .await,
+        .await?,
         change(
             chunk_path(other),
             label(json!(own)),
             "another's chunk labelled as own",
         )
-        .await,
+        .await?,
         change(
             staged.clone(),
             json!({"data": {names::INPUT_KEY: "{}"}}),
             "a staged input",
         )
-        .await,
-        change(staged, label(json!(own)), "a staged input labelled as own").await,
-        change(presets, json!({"data": {"presets.yaml": ""}}), "the presets").await,
+        .await?,
+        change(staged, label(json!(own)), "a staged input labelled as own").await?,
+        change(presets, json!({"data": {"presets.yaml": ""}}), "the presets").await?,
         change(
             format!("{}/result-of-nobody", config_maps()),
             label(json!(own)),
             "a stray",
         )
-        .await,
+        .await?,
         Attempt::with(Verb::Create, GPU_NODES, gpu_node("third")).noted("a node that is not there"),
         Attempt::with(Verb::Create, leases(), other_lease).noted("a lease of no node"),
-    ]
+    ])
+}
+
+/// What is stored at `path`, as an admin sees it.
+pub async fn stored(admin: &Client, path: &str) -> Result<Value> {
+    let seen = Attempt::new(Verb::Get, path).answer(admin).await;
+    seen.with_context(|| path.to_owned())
+}
+
+/// `body` with its type.
+pub fn typed(api_version: &str, kind: &str, mut body: Value) -> Value {
+    body["apiVersion"] = json!(api_version);
+    body["kind"] = json!(kind);
+    body
 }
