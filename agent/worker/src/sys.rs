@@ -3,76 +3,8 @@
 //! Owns the proof obligations, one SAFETY comment per block. Must not decide anything.
 #![expect(unsafe_code, reason = "the one file of this binary that may")]
 
-use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
-
-/// A multiple of every page size of Linux.
-const LARGEST_PAGE: u64 = 64 << 10;
-
-/// Maps bytes of a file read-only for the duration of `look`; they count as page cache, not as memory of the process. A
-/// place that is not aligned for every tensor type is copied instead.
-pub(crate) fn with_file_bytes<R>(
-    file: &File,
-    offset: u64,
-    length: u64,
-    look: impl FnOnce(&[u8]) -> R,
-) -> io::Result<R> {
-    use rustix::mm::{MapFlags, ProtFlags, mmap};
-    use std::os::unix::fs::FileExt;
-    let short = || io::Error::from(io::ErrorKind::UnexpectedEof);
-    if offset
-        .checked_add(length)
-        .is_none_or(|end| file.metadata().map_or(true, |data| data.len() < end))
-    {
-        return Err(short());
-    }
-    let length = usize::try_from(length).map_err(|_| short())?;
-    if !offset.is_multiple_of(8) || length == 0 {
-        // A vector of u64 is aligned for every block type.
-        let mut copy = vec![0_u64; length.div_ceil(8)];
-        // SAFETY: the vector holds at least `length` bytes, u8 needs no alignment, and nothing else borrows it.
-        let bytes = unsafe { std::slice::from_raw_parts_mut(copy.as_mut_ptr().cast::<u8>(), length) };
-        file.read_exact_at(bytes, offset)?;
-        return Ok(look(bytes));
-    }
-    let lead = usize::try_from(offset % LARGEST_PAGE).map_err(|_| short())?;
-    let mapped = length.checked_add(lead).ok_or_else(short)?;
-    // SAFETY: a fresh read-only private mapping at an address the kernel chooses; nothing of ours is replaced.
-    let address = unsafe {
-        mmap(
-            std::ptr::null_mut(),
-            mapped,
-            ProtFlags::READ,
-            MapFlags::PRIVATE,
-            file.as_fd(),
-            offset - u64::try_from(lead).unwrap_or(0),
-        )?
-    };
-    let guard = Mapping {
-        address,
-        length: mapped,
-    };
-    // SAFETY: `lead + length` bytes are mapped and live until `guard` is dropped after `look`. The file is a verified,
-    // read-only descriptor whose length was just checked; if someone truncates it all the same, the kernel kills this
-    // process with SIGBUS, which the pool reports: no other memory is ever read.
-    let bytes = unsafe { std::slice::from_raw_parts(address.cast::<u8>().add(lead), length) };
-    let result = look(bytes);
-    drop(guard);
-    Ok(result)
-}
-
-struct Mapping {
-    address: *mut std::ffi::c_void,
-    length: usize,
-}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: exactly the range that was mapped, once, after its last use.
-        let _ = unsafe { rustix::mm::munmap(self.address, self.length) };
-    }
-}
 
 /// Sets variables of this process's environment that candle reads.
 ///
@@ -244,4 +176,33 @@ pub(crate) fn tie_to_this_thread(command: &mut std::process::Command) {
     };
     // SAFETY: between fork and exec it makes system calls only: no allocation, no lock.
     unsafe { command.pre_exec(before_exec) };
+}
+
+/// Bytes of a file's first `length` that are in the page cache; looking brings none in.
+#[cfg(test)]
+pub(crate) fn cached(file: &std::fs::File, length: usize) -> io::Result<usize> {
+    use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+    // SAFETY: takes a number and answers with one.
+    let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    let page = usize::try_from(page).map_err(io::Error::other)?;
+    let mut here = vec![0_u8; length.div_ceil(page)];
+    // SAFETY: a fresh mapping at an address that the kernel chooses; `here` has a byte for each of its pages; it is
+    // unmapped once, and nothing looks into it.
+    unsafe {
+        let address = mmap(
+            std::ptr::null_mut(),
+            length,
+            ProtFlags::READ,
+            MapFlags::PRIVATE,
+            file,
+            0,
+        )?;
+        let found = libc::mincore(address, length, here.as_mut_ptr());
+        let error = io::Error::last_os_error();
+        munmap(address, length)?;
+        if found != 0 {
+            return Err(error);
+        }
+    }
+    Ok(here.iter().filter(|page| **page & 1 == 1).count() * page)
 }

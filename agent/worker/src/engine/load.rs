@@ -1,14 +1,14 @@
 //! From a GGUF file to a model in memory.
 //!
-//! Owns: the check of every tensor against the metadata, and loading one tensor at a time so that loading can be billed.
+//! Owns: the check of every tensor against the metadata, and loading in pieces so that loading can be billed.
 //! The header is validated before any other byte is touched. Must not compute.
 
 use super::EngineError;
 use super::kv::KvCache;
 use super::matrix::{Matrix, floats};
 use super::model::{Layer, Model, Shape};
-use crate::num::{float, index};
-use crate::sys;
+use super::source::Source;
+use crate::num::{float, index, wide};
 use candle_core::Device;
 use gogrid_gguf::{
     Backend, Demand, Estimate, Facts, Header, KvType, Limits, TensorInfo, parse_from, supported,
@@ -57,9 +57,13 @@ pub(crate) fn estimate(facts: &Facts, size: &Size) -> Result<Estimate, EngineErr
     Ok(Estimate::new(facts, &demand)?)
 }
 
-/// A model being loaded, one tensor a step.
+/// A model being loaded, a piece of a tensor a step.
 pub(crate) struct Loader {
-    file: File,
+    source: Source,
+    /// The matrix under way and where its next byte lies.
+    begun: Option<(TensorInfo, Matrix, u64)>,
+    /// Where pieces of the file are read to; of this type for its alignment.
+    buffer: Vec<u64>,
     facts: Facts,
     shape: Shape,
     size: Size,
@@ -119,7 +123,9 @@ impl Loader {
         };
         let facts = facts.clone();
         let mut loader = Self {
-            file,
+            source: Source::new(file),
+            begun: None,
+            buffer: Vec::new(),
             facts,
             shape,
             size,
@@ -131,39 +137,48 @@ impl Loader {
         Ok(loader)
     }
 
-    /// Loads the next tensor; false when none is left.
+    /// Loads the next piece; false when none is left.
     pub(crate) fn step(&mut self, device: &Device) -> Result<bool, EngineError> {
-        let Some(tensor) = self.todo.pop_front() else {
-            return Ok(false);
-        };
-        sys::with_file_bytes(&self.file, tensor.offset, tensor.bytes, |bytes| {
-            match tensor.shape.as_slice() {
+        if let Some((tensor, matrix, offset)) = self.begun.take() {
+            self.shard(device, tensor, matrix, offset)?;
+        } else if let Some(tensor) = self.todo.pop_front() {
+            match *tensor.shape.as_slice() {
                 [_] => {
-                    let values = floats(tensor.kind, bytes).map_err(|error| match error {
-                        EngineError::TensorType { kind, .. } => EngineError::TensorType {
-                            tensor: tensor.name.clone(),
-                            kind,
-                        },
-                        other => other,
-                    })?;
-                    self.vectors.insert(tensor.name.clone(), values);
+                    let length = usize::try_from(tensor.bytes)
+                        .map_err(|_| EngineError::Internal("length of a tensor"))?;
+                    let bytes = read(&mut self.source, &mut self.buffer, tensor.offset, length)?;
+                    let values = floats(tensor.kind, bytes).map_err(|error| named(error, &tensor))?;
+                    self.vectors.insert(tensor.name, values);
                 }
                 [inputs, outputs] => {
-                    let loaded = Matrix::load(device, tensor.kind, *outputs, *inputs, bytes);
-                    let matrix = loaded.map_err(|error| match error {
-                        EngineError::TensorType { kind, .. } => EngineError::TensorType {
-                            tensor: tensor.name.clone(),
-                            kind,
-                        },
-                        other => other,
-                    })?;
-                    self.matrices.insert(tensor.name.clone(), matrix);
+                    let matrix = Matrix::begin(tensor.kind, outputs, inputs, tensor.bytes)?;
+                    let offset = tensor.offset;
+                    self.shard(device, tensor, matrix, offset)?;
                 }
                 _ => return Err(EngineError::Internal("rank of a wanted tensor")),
             }
-            Ok(())
-        })??;
-        Ok(!self.todo.is_empty())
+        }
+        Ok(self.begun.is_some() || !self.todo.is_empty())
+    }
+
+    fn shard(
+        &mut self,
+        device: &Device,
+        tensor: TensorInfo,
+        mut matrix: Matrix,
+        offset: u64,
+    ) -> Result<(), EngineError> {
+        let length = matrix.missing();
+        let bytes = read(&mut self.source, &mut self.buffer, offset, length)?;
+        matrix
+            .push(device, bytes)
+            .map_err(|error| named(error, &tensor))?;
+        if matrix.missing() == 0 {
+            self.matrices.insert(tensor.name, matrix);
+        } else {
+            self.begun = Some((tensor, matrix, offset.saturating_add(wide(length))));
+        }
+        Ok(())
     }
 
     /// The model with its caches, when every tensor is there.
@@ -226,6 +241,40 @@ impl Loader {
         self.vectors
             .remove(name)
             .ok_or_else(|| EngineError::MissingTensor { tensor: name.into() })
+    }
+}
+
+/// That part of the file, aligned for every block type.
+fn read<'b>(
+    source: &mut Source,
+    buffer: &'b mut Vec<u64>,
+    offset: u64,
+    length: usize,
+) -> Result<&'b [u8], EngineError> {
+    let words = length.div_ceil(8);
+    let more = words.saturating_sub(buffer.len());
+    buffer
+        .try_reserve_exact(more)
+        .map_err(|_| EngineError::Allocation {
+            what: "a piece of the file",
+            bytes: wide(length),
+        })?;
+    buffer.resize(words.max(buffer.len()), 0);
+    let bytes = bytemuck::cast_slice_mut::<u64, u8>(buffer)
+        .get_mut(..length)
+        .ok_or(EngineError::Internal("buffer of a piece"))?;
+    source.read_exact(bytes, offset)?;
+    Ok(bytes)
+}
+
+/// The error with the tensor's name, where the kernel's type did not know it.
+fn named(error: EngineError, tensor: &TensorInfo) -> EngineError {
+    match error {
+        EngineError::TensorType { kind, .. } => EngineError::TensorType {
+            tensor: tensor.name.clone(),
+            kind,
+        },
+        other => other,
     }
 }
 

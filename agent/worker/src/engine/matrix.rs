@@ -17,8 +17,11 @@ use std::borrow::Cow;
 
 /// `outputs` × `inputs`, one output's weights contiguous.
 pub(crate) struct Matrix {
+    kind: TensorType,
     outputs: usize,
     inputs: usize,
+    /// Bytes of one output's weights in the file.
+    row: usize,
     /// Outputs of each shard but the last.
     shard: usize,
     shards: Vec<Store>,
@@ -38,44 +41,56 @@ const SHARD_OUTPUTS: usize = 32;
 const PARALLEL_FROM: usize = 1 << 19;
 
 impl Matrix {
-    /// Copies a tensor's bytes to the device.
-    pub(crate) fn load(
-        device: &Device,
+    /// A matrix without its weights, which [`Matrix::push`] brings shard by shard.
+    pub(crate) fn begin(
         kind: TensorType,
         outputs: u64,
         inputs: u64,
-        bytes: &[u8],
+        bytes: u64,
     ) -> Result<Self, EngineError> {
         let size = |value: u64| usize::try_from(value).map_err(|_| EngineError::Internal("matrix size"));
-        let (outputs, inputs) = (size(outputs)?, size(inputs)?);
-        let row = bytes.len() / outputs.max(1);
-        if row == 0 || inputs == 0 || row.checked_mul(outputs) != Some(bytes.len()) {
+        let (outputs, inputs, bytes) = (size(outputs)?, size(inputs)?, size(bytes)?);
+        let row = bytes / outputs.max(1);
+        if row == 0 || inputs == 0 || row.checked_mul(outputs) != Some(bytes) {
             return Err(EngineError::Internal("matrix bytes"));
         }
         let shard = outputs.div_ceil(SHARDS).next_multiple_of(4).max(SHARD_OUTPUTS);
-        let mut shards = Vec::with_capacity(outputs.div_ceil(shard));
-        for bytes in bytes.chunks(shard * row) {
-            shards.push(match quantized(kind) {
-                None => Store::Float(floats(kind, bytes)?),
-                Some(dtype) => {
-                    reserve(bytes.len())?;
-                    match QStorage::from_data(Cow::Borrowed(bytes), device, dtype)? {
-                        QStorage::Cpu(store) => Store::Quantized(store),
-                        _ => {
-                            return Err(EngineError::UnsupportedFeature(
-                                "this build computes on the CPU only".into(),
-                            ));
-                        }
-                    }
-                }
-            });
-        }
         Ok(Self {
+            kind,
             outputs,
             inputs,
+            row,
             shard,
-            shards,
+            shards: Vec::with_capacity(outputs.div_ceil(shard)),
         })
+    }
+
+    /// Bytes of the file that the next shard takes; 0 when all are there.
+    pub(crate) fn missing(&self) -> usize {
+        let there = (self.shards.len() * self.shard).min(self.outputs);
+        self.shard.min(self.outputs - there) * self.row
+    }
+
+    /// Copies the next shard's bytes to the device.
+    pub(crate) fn push(&mut self, device: &Device, bytes: &[u8]) -> Result<(), EngineError> {
+        if bytes.len() != self.missing() {
+            return Err(EngineError::Internal("shard bytes"));
+        }
+        self.shards.push(match quantized(self.kind) {
+            None => Store::Float(floats(self.kind, bytes)?),
+            Some(dtype) => {
+                reserve(bytes.len())?;
+                match QStorage::from_data(Cow::Borrowed(bytes), device, dtype)? {
+                    QStorage::Cpu(store) => Store::Quantized(store),
+                    _ => {
+                        return Err(EngineError::UnsupportedFeature(
+                            "this build computes on the CPU only".into(),
+                        ));
+                    }
+                }
+            }
+        });
+        Ok(())
     }
 
     /// Bytes held.

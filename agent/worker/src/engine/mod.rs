@@ -10,6 +10,7 @@ pub(crate) mod load;
 mod matrix;
 pub(crate) mod model;
 mod sampler;
+mod source;
 pub(crate) mod template;
 pub(crate) mod tokenizer;
 
