@@ -64,6 +64,7 @@ pub struct Metrics {
     /// Share of a device's time granted now.
     pub(crate) share: GaugeVec,
     busy: CounterVec,
+    outside: CounterVec,
     waited: CounterVec,
     record_wait: Histogram,
     /// Load that others put on a device, in permille; -1 where it can't be told.
@@ -186,7 +187,11 @@ impl Metrics {
             )?,
             busy: times(
                 "gogrid_device_busy_seconds_total",
-                "Device time billed to workers; on the CPU, CPU time divided by threads.",
+                "Device time billed to workers; on the CPU, CPU time divided by cores.",
+            )?,
+            outside: times(
+                "gogrid_device_outside_seconds_total",
+                "The part of it that was used between permits: reading and writing messages.",
             )?,
             waited: times(
                 "gogrid_throttle_wait_seconds_total",
@@ -283,6 +288,7 @@ impl Metrics {
             compute_limit,
             share,
             busy,
+            outside,
             waited,
             record_wait,
             foreign,
@@ -315,7 +321,7 @@ impl Metrics {
         for ratios in [compute_limit, share] {
             all.push(Box::new(ratios.clone()));
         }
-        for times in [busy, waited] {
+        for times in [busy, outside, waited] {
             all.push(Box::new(times.clone()));
         }
         for counters in [
@@ -342,6 +348,9 @@ impl Metrics {
         self.busy
             .with_label_values(&[device])
             .inc_by(seconds(before.device, now.device));
+        self.outside
+            .with_label_values(&[device])
+            .inc_by(seconds(before.outside, now.outside));
         self.waited
             .with_label_values(&[device])
             .inc_by(seconds(before.waited, now.waited));
@@ -487,7 +496,7 @@ mod tests {
         device("one");
         let before = series();
         device("two");
-        assert_eq!(series() - before, 11);
+        assert_eq!(series() - before, 12);
     }
 
     #[test]

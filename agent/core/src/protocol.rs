@@ -7,7 +7,7 @@
 use serde::{Deserialize, Serialize};
 
 /// Both sides must speak exactly this version.
-pub const PROTOCOL_VERSION: u16 = 1;
+pub const PROTOCOL_VERSION: u16 = 2;
 /// Longest frame body in bytes, in both directions.
 pub const MAX_FRAME_BYTES: usize = 1 << 20;
 /// Longest input record in bytes.
@@ -305,8 +305,10 @@ pub enum Finish {
 pub struct Usage {
     /// CPU time of the whole process, nanoseconds.
     pub cpu: u64,
-    /// Device time billed through permits, nanoseconds (CPU time ÷ threads on the CPU device).
+    /// Device time billed, nanoseconds (CPU time ÷ cores on the CPU device).
     pub device: u64,
+    /// The part of it that was used between permits: reading and writing messages.
+    pub outside: u64,
     /// Time spent waiting for a share, nanoseconds.
     pub waited: u64,
     /// Tokens generated.

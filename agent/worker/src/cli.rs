@@ -310,7 +310,7 @@ fn answer(arguments: &Generate) -> Result<()> {
     };
     let begun = clock::boottime();
     drop(checked);
-    let mut keeper = Keeper::new(Device::Cpu, Resident::Opened(file, size), threads);
+    let mut keeper = Keeper::new(Device::Cpu, Resident::Opened(file, size), cores());
     let whole = Grant {
         share_permille: 1000,
         expires_at: u64::MAX,

@@ -7,8 +7,10 @@ mod cli;
 mod clock;
 mod confined;
 mod engine;
+mod failure;
 #[cfg(feature = "faults")]
 mod faults;
+mod inbox;
 mod limits;
 mod num;
 mod permit;

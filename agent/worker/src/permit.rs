@@ -1,8 +1,10 @@
 //! The only way to the device.
 //!
 //! Owns the candle device and whatever computes on it; both are reachable only through [`Permit::run`]. A permit is given
-//! when the grant allows it, and bills when it is dropped: CPU time of the whole process ÷ threads, so a panic or an early
-//! return is billed too. Wall time would collapse the share under contention. Must not sleep; the caller waits.
+//! when the grant allows it, and bills when it is dropped: CPU time of the whole process ÷ the cores of the device, so a
+//! panic or an early return is billed too. Wall time would collapse the share under contention. What the process uses
+//! between two permits is billed with the next one, so no work escapes the share, and counted. Must not sleep; the caller
+//! waits.
 
 use crate::clock;
 use candle_core::Device;
@@ -13,8 +15,12 @@ pub(crate) struct Keeper<T> {
     device: Device,
     user: T,
     meter: ShareMeter,
-    threads: u64,
+    /// Cores of the device, whatever number of threads use them.
+    cores: u64,
     billed: u64,
+    outside: u64,
+    /// CPU time of the process up to which everything is billed.
+    seen: u64,
 }
 
 /// Why there is no permit now.
@@ -27,14 +33,16 @@ pub(crate) enum Wait {
 }
 
 impl<T> Keeper<T> {
-    pub(crate) fn new(device: Device, user: T, threads: usize) -> Self {
-        let threads = u64::try_from(threads).unwrap_or(1).max(1);
+    pub(crate) fn new(device: Device, user: T, cores: usize) -> Self {
+        let cores = u64::try_from(cores).unwrap_or(1).max(1);
         Self {
             device,
             user,
             meter: ShareMeter::default(),
-            threads,
+            cores,
             billed: 0,
+            outside: 0,
+            seen: clock::process_cpu(),
         }
     }
 
@@ -58,6 +66,11 @@ impl<T> Keeper<T> {
         self.billed
     }
 
+    /// The part of it that was used between permits.
+    pub(crate) fn outside(&self) -> u64 {
+        self.outside
+    }
+
     /// Whether a step may begin now.
     pub(crate) fn ready(&mut self, now: u64) -> Result<u64, Wait> {
         match self.meter.ready_at(now) {
@@ -69,11 +82,10 @@ impl<T> Keeper<T> {
 
     /// The right to use the device for one short step.
     pub(crate) fn acquire(&mut self, now: u64) -> Result<Permit<'_, T>, Wait> {
+        let outside = self.bill(now);
+        self.outside = self.outside.saturating_add(outside);
         self.ready(now)?;
-        Ok(Permit {
-            cpu_before: clock::process_cpu(),
-            keeper: self,
-        })
+        Ok(Permit { keeper: self })
     }
 
     /// One short step under a permit of its own.
@@ -81,17 +93,20 @@ impl<T> Keeper<T> {
         Ok(self.acquire(now)?.run(compute))
     }
 
-    fn bill(&mut self, now: u64, cpu: u64) {
-        let time = cpu.div_ceil(self.threads);
+    /// Bills everything since the last bill; returns the device time.
+    fn bill(&mut self, now: u64) -> u64 {
+        let cpu = clock::process_cpu();
+        let time = cpu.saturating_sub(self.seen).div_ceil(self.cores);
+        self.seen = cpu;
         self.billed = self.billed.saturating_add(time);
         self.meter.bill(now, time);
+        time
     }
 }
 
 /// The right to use the device; dropping it bills the time.
 pub(crate) struct Permit<'k, T> {
     keeper: &'k mut Keeper<T>,
-    cpu_before: u64,
 }
 
 impl<T> Permit<'_, T> {
@@ -103,8 +118,7 @@ impl<T> Permit<'_, T> {
 
 impl<T> Drop for Permit<'_, T> {
     fn drop(&mut self) {
-        let cpu = clock::process_cpu().saturating_sub(self.cpu_before);
-        self.keeper.bill(clock::boottime(), cpu);
+        self.keeper.bill(clock::boottime());
     }
 }
 
@@ -130,8 +144,10 @@ mod tests {
 
     #[test]
     fn a_permit_bills_even_when_the_computation_panics() {
-        let mut keeper = Keeper::new(Device::Cpu, 0_u64, 1);
-        keeper.grant(clock::boottime(), grant(1));
+        // So many cores that other tests in this process leave no debt.
+        let cores = 1000;
+        let mut keeper = Keeper::new(Device::Cpu, 0_u64, cores);
+        keeper.grant(clock::boottime(), grant(1000));
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             keeper.acquire(clock::boottime()).ok().unwrap().run(|_, count| {
                 let before = clock::process_cpu();
@@ -142,8 +158,27 @@ mod tests {
             })
         }));
         assert!(result.is_err());
-        assert!(keeper.billed() >= 2_000_000);
+        assert!(keeper.billed() - keeper.outside() >= 2_000, "{}", keeper.billed());
+    }
+
+    #[test]
+    fn what_was_billed_is_repaid_before_the_next_permit() {
+        let mut keeper = Keeper::new(Device::Cpu, (), 1);
+        let before = clock::process_cpu();
+        while clock::process_cpu() < before + 2_000_000 {}
+        keeper.grant(clock::boottime(), grant(1));
         // 2 ms at one permille are repaid after about two seconds.
         assert!(matches!(keeper.acquire(clock::boottime()), Err(Wait::Until(_))));
+    }
+
+    #[test]
+    fn what_is_computed_between_permits_is_billed_with_the_next_one() {
+        let mut keeper = Keeper::new(Device::Cpu, (), 1);
+        keeper.grant(clock::boottime(), grant(1000));
+        let before = clock::process_cpu();
+        while clock::process_cpu() < before + 3_000_000 {}
+        keeper.run(clock::boottime(), |_, ()| ()).ok();
+        assert!(keeper.outside() >= 3_000_000, "{}", keeper.outside());
+        assert!(keeper.billed() >= keeper.outside());
     }
 }

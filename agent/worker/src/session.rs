@@ -1,87 +1,42 @@
 //! One worker's life: greet the agent, load the model, answer records inside the limits.
 //!
-//! Owns: the order of things and the words to the agent. One thread owns all state; a second one reads the socket, moves
-//! the fence as soon as a grant arrives, and ends the process when the agent is gone. Must not use the device but
-//! through a permit.
+//! Owns: the order of things and the words to the agent. One thread owns all state; what the agent says comes through
+//! the inbox. Must not use the device but through a permit.
 
 use crate::engine::EngineError;
 use crate::engine::batch::{Answer, Batch, Event};
 use crate::engine::load::Size;
+use crate::failure::SessionError;
+use crate::inbox::Message;
 use crate::permit::{Keeper, Wait};
 use crate::records::{self, Input, Record};
 use crate::resident::{Pace, PromptError, Resident, Source};
 use crate::stamps::Stamps;
-use crate::wire::{Receiver, Sender, WireError};
+use crate::wire::Sender;
+use crate::worker::{at_most, cores};
 use crate::{clock, limits};
 use gogrid_agent_core::protocol::{
-    FromWorker, MAX_ANSWER_BYTES, Outcome, RecordResult, Sampling, ToWorker, Usage, WorkerLimits,
+    FromWorker, MAX_ANSWER_BYTES, Outcome, Readback, RecordResult, Sampling, ToWorker, Usage, WorkerLimits,
 };
 use gogrid_agent_core::throttle::{Grant, RequestGate, Slot};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs::File;
-use std::os::fd::OwnedFd;
 use std::sync::mpsc::{self, RecvTimeoutError, TryRecvError};
 use std::time::Duration;
 
-/// Why a worker ends.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum SessionError {
-    #[error(transparent)]
-    Wire(#[from] WireError),
-    #[error(transparent)]
-    Engine(#[from] EngineError),
-    #[error("limits: {0}")]
-    Limits(std::io::Error),
-    #[error("{0}")]
-    Protocol(String),
+/// Why [`Session::run`] returns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Pause {
+    /// It is to go on with another number of threads.
+    Threads,
+    /// The agent is gone.
+    Over,
 }
 
-impl SessionError {
-    /// One word for the agent.
-    pub(crate) fn reason(&self) -> &'static str {
-        match self {
-            Self::Engine(error) => error.reason(),
-            Self::Limits(_) => "LimitsFailed",
-            Self::Protocol(_) | Self::Wire(_) => "ProtocolError",
-        }
-    }
-}
-
-/// A message and the descriptor that came with it.
-pub(crate) type Message = (ToWorker, Option<OwnedFd>);
-
-/// How often counters are sent while anything runs.
+/// How often counters are sent while anything runs, and how often the threads are swept.
 const USAGE_INTERVAL: u64 = 1_000_000_000;
 /// Records that may wait here; the agent's credit is far below.
 const MAX_WAITING: usize = 4096;
-
-/// Reads messages until the agent is gone; then the process ends, whatever the other thread does.
-pub(crate) fn read(
-    mut receiver: Receiver,
-    fence: &crate::sys::Fence,
-    inbox: &mpsc::Sender<Message>,
-) -> WireError {
-    loop {
-        let message = match receiver.receive() {
-            Ok(message) => message,
-            Err(error) => return error,
-        };
-        // One that was overtaken while this process stood still says nothing: armed, it would stop the process again, once
-        // for each that waits to be read. The timer keeps what it has, and no step begins without a grant that is good.
-        if let ToWorker::Grant { fence_at, .. } = message
-            && fence_at > clock::boottime()
-            && let Err(error) = fence.set(fence_at)
-        {
-            return error.into();
-        }
-        let descriptor = matches!(message, ToWorker::Load { .. })
-            .then(|| receiver.descriptor())
-            .flatten();
-        if inbox.send((message, descriptor)).is_err() {
-            return WireError::Closed;
-        }
-    }
-}
 
 struct Begun {
     custom_id: String,
@@ -94,6 +49,13 @@ pub(crate) struct Session {
     sender: Sender,
     stamps: Option<Stamps>,
     limits: WorkerLimits,
+    /// Limits last read back.
+    applied: Option<Readback>,
+    swept_at: u64,
+    /// Threads of the pool that it runs in.
+    pool: usize,
+    /// Cores of the CPU device.
+    cores: usize,
     keeper: Keeper<Resident>,
     gate: RequestGate,
     /// The place of the record at the head of the queue.
@@ -122,13 +84,19 @@ enum Next {
 }
 
 impl Session {
-    pub(crate) fn new(sender: Sender, limits: WorkerLimits, threads: usize, stamps: Option<Stamps>) -> Self {
-        let keeper = Keeper::new(candle_core::Device::Cpu, Resident::Empty, threads);
+    pub(crate) fn new(sender: Sender, limits: WorkerLimits, stamps: Option<Stamps>) -> Self {
+        // Asking costs a dozen files: once is enough.
+        let cores = cores();
+        let keeper = Keeper::new(candle_core::Device::Cpu, Resident::Empty, cores);
         Self {
             sender,
             stamps,
             gate: RequestGate::new(limits.request_interval),
+            pool: at_most(limits.threads, cores),
+            cores,
             limits,
+            applied: None,
+            swept_at: 0,
             keeper,
             place: None,
             job: None,
@@ -145,11 +113,20 @@ impl Session {
         }
     }
 
-    /// Sets limits on every thread and tells what is in force.
-    pub(crate) fn apply_limits(&mut self) -> Result<(), SessionError> {
+    /// Threads of the pool that it is to run in.
+    pub(crate) fn threads(&self) -> usize {
+        self.pool
+    }
+
+    /// Sets limits on every thread and tells what is in force, unless that is known.
+    fn apply_limits(&mut self) -> Result<(), SessionError> {
         let readback = limits::sweep(&self.limits).map_err(SessionError::Limits)?;
+        self.swept_at = clock::boottime();
         self.gate.set_interval(self.limits.request_interval);
-        self.sender.send(&FromWorker::Applied(readback))?;
+        if self.applied.as_ref() != Some(&readback) {
+            self.sender.send(&FromWorker::Applied(readback.clone()))?;
+            self.applied = Some(readback);
+        }
         Ok(())
     }
 
@@ -159,17 +136,27 @@ impl Session {
         let _ = self.sender.send(&FromWorker::Failed { reason, message });
     }
 
-    /// Works until the agent is gone.
-    pub(crate) fn run(&mut self, inbox: &mpsc::Receiver<Message>) -> Result<(), SessionError> {
+    /// Works until the agent is gone or another number of threads is wanted.
+    pub(crate) fn run(&mut self, inbox: &mut mpsc::Receiver<Message>) -> Result<Pause, SessionError> {
+        // The pool's threads are new.
+        self.apply_limits()?;
         loop {
             loop {
                 match inbox.try_recv() {
                     Ok(message) => self.take(message)?,
                     Err(TryRecvError::Empty) => break,
-                    Err(TryRecvError::Disconnected) => return Ok(()),
+                    Err(TryRecvError::Disconnected) => return Ok(Pause::Over),
                 }
             }
+            let threads = at_most(self.limits.threads, self.cores);
+            if threads != self.pool {
+                self.pool = threads;
+                return Ok(Pause::Threads);
+            }
             let now = clock::boottime();
+            if now.saturating_sub(self.swept_at) >= USAGE_INTERVAL {
+                self.apply_limits()?;
+            }
             let next = self.step(now)?;
             self.tell_usage(clock::boottime())?;
             let message = match next {
@@ -181,12 +168,12 @@ impl Session {
                     match inbox.recv_timeout(Duration::from_nanos(left)) {
                         Ok(message) => message,
                         Err(RecvTimeoutError::Timeout) => continue,
-                        Err(RecvTimeoutError::Disconnected) => return Ok(()),
+                        Err(RecvTimeoutError::Disconnected) => return Ok(Pause::Over),
                     }
                 }
                 Next::Message => match inbox.recv() {
                     Ok(message) => message,
-                    Err(_) => return Ok(()),
+                    Err(_) => return Ok(Pause::Over),
                 },
             };
             self.take(message)?;
@@ -493,6 +480,7 @@ impl Session {
         self.usage_sent_at = now;
         self.usage.cpu = clock::process_cpu();
         self.usage.device = self.keeper.billed();
+        self.usage.outside = self.keeper.outside();
         self.usage.peak_bytes = self.usage.peak_bytes.max(self.keeper.peek().bytes());
         self.sender.send(&FromWorker::Usage(self.usage))?;
         Ok(())

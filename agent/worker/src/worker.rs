@@ -2,11 +2,12 @@
 //!
 //! Owns the order: fence, courtesy, then threads, then the agent. Must not touch a model before all of that holds.
 
+use crate::failure::SessionError;
 use crate::pool::Start;
-use crate::session::{self, Session};
+use crate::session::{Pause, Session};
 use crate::stamps::Stamps;
 use crate::wire;
-use crate::{compute_environment, limits, num, sys};
+use crate::{compute_environment, inbox, limits, num, sys};
 use anyhow::{Context, Result};
 use gogrid_agent_core::protocol::{Role, WorkerId};
 use std::io::Read;
@@ -33,22 +34,17 @@ pub(crate) fn run(socket: &Path, worker: WorkerId, stamps: Option<&Path>) -> Res
     drop(text);
     let fence = sys::Fence::arm(start.fence_at).context("arming the fence")?;
     limits::settle(&start.limits, start.memory_limit).context("setting the first limits")?;
-    let threads = threads(start.limits.threads);
-    sys::set_environment_before_threads(&compute_environment(threads))
+    sys::set_environment_before_threads(&compute_environment(threads(start.limits.threads)))
         .context("setting the number of threads")?;
-    rayon::ThreadPoolBuilder::new()
-        .num_threads(threads)
-        .build_global()
-        .context("starting threads")?;
 
     let role = Role::Worker {
         worker,
         nonce: start.nonce,
     };
     let (sender, receiver) = wire::connect(socket, role).context("greeting the agent")?;
-    let (messages, inbox) = mpsc::channel();
+    let (messages, mut received) = mpsc::channel();
     std::thread::Builder::new().name("agent".into()).spawn(move || {
-        let error = session::read(receiver, &fence, &messages);
+        let error = inbox::read(receiver, &fence, &messages);
         tracing::warn!(worker, %error, "the agent is gone");
         // Nothing may be computed for nobody: not even the step under way.
         std::process::exit(i32::from(EXIT_NO_AGENT));
@@ -57,10 +53,20 @@ pub(crate) fn run(socket: &Path, worker: WorkerId, stamps: Option<&Path>) -> Res
         .map(Stamps::open)
         .transpose()
         .context("opening the stamps")?;
-    let mut session = Session::new(sender, start.limits, threads, stamps);
+    let mut session = Session::new(sender, start.limits, stamps);
     let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-        session.apply_limits()?;
-        session.run(&inbox)
+        loop {
+            // The session runs inside the pool that computes, as one of its threads: no more threads than allowed are
+            // ever runnable, and handing out work costs no wake-up of a third one.
+            let pool = rayon::ThreadPoolBuilder::new()
+                .num_threads(session.threads())
+                .build()
+                .map_err(|error| SessionError::Threads(error.to_string()))?;
+            match pool.install(|| session.run(&mut received))? {
+                Pause::Threads => {}
+                Pause::Over => return Ok::<_, SessionError>(()),
+            }
+        }
     }));
     match result {
         Ok(Ok(())) => Ok(ExitCode::from(EXIT_NO_AGENT)),
@@ -79,7 +85,16 @@ pub(crate) fn run(socket: &Path, worker: WorkerId, stamps: Option<&Path>) -> Res
 }
 
 /// Threads that compute: never more than cores.
-fn threads(asked: u16) -> usize {
-    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+pub(crate) fn threads(asked: u16) -> usize {
+    at_most(asked, cores())
+}
+
+/// As many threads as asked, but no more than cores.
+pub(crate) fn at_most(asked: u16, cores: usize) -> usize {
     num::index(u32::from(asked.max(1))).min(cores)
+}
+
+/// Cores of the CPU device.
+pub(crate) fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
