@@ -7,6 +7,7 @@ pub mod chart;
 pub mod cluster;
 pub mod confinement;
 pub mod controlplane;
+pub mod driver;
 pub mod images;
 pub mod installed;
 pub mod jobs;

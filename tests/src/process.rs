@@ -49,9 +49,51 @@ fn spawn(command: Command) -> Result<Child> {
     Ok(answer.recv().context("the spawning thread has ended")??)
 }
 
-/// From now on setting priorities "succeeds" in this process and its children and has no effect.
-pub fn ignore_priorities() -> io::Result<()> {
-    sys::feign(&[libc::SYS_setpriority, libc::SYS_ioprio_set])
+/// A means of courtesy that can be broken on purpose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Means {
+    /// Nice values of threads.
+    Setpriority,
+    /// I/O priorities of threads.
+    Ioprio,
+    /// What is told by writing a file beneath /proc: the autogroup's nice value, whom to kill first for want of memory.
+    ProcWrites,
+    /// The right to lower a nice value.
+    Lowering,
+}
+
+impl Means {
+    /// Each of them.
+    pub const ALL: [Self; 4] = [Self::Setpriority, Self::Ioprio, Self::ProcWrites, Self::Lowering];
+
+    /// Its name on a command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Setpriority => "setpriority",
+            Self::Ioprio => "ioprio",
+            Self::ProcWrites => "proc-writes",
+            Self::Lowering => "lowering",
+        }
+    }
+
+    /// From now on it has no effect in this process and its children: calls "succeed" and do nothing, files can't be
+    /// opened for writing, the right is gone.
+    pub fn break_it(self) -> Result<()> {
+        let feign = |call, third, errno| Ok(sys::feign(&[sys::Feint { call, third, errno }])?);
+        match self {
+            Self::Setpriority => feign(libc::SYS_setpriority, None, 0),
+            Self::Ioprio => feign(libc::SYS_ioprio_set, None, 0),
+            Self::ProcWrites => {
+                let flags = libc::O_WRONLY | libc::O_CREAT | libc::O_TRUNC | libc::O_CLOEXEC;
+                feign(libc::SYS_openat, Some(u32::try_from(flags)?), libc::EACCES)
+            }
+            Self::Lowering => {
+                use rustix::thread::{CapabilitySet, remove_capability_from_bounding_set};
+                // The next program started by root gets what is left in the bounding set.
+                Ok(remove_capability_from_bounding_set(CapabilitySet::SYS_NICE)?)
+            }
+        }
+    }
 }
 
 /// How a process ended.
@@ -77,16 +119,22 @@ pub struct Process {
 impl Process {
     /// Starts `command`, its output appended to the file `log` and nothing on its standard input.
     pub fn start(name: &str, mut command: Command, log: &Path) -> Result<Self> {
+        command.process_group(0);
+        Self::start_with(name, command, Stdio::null(), log)
+    }
+
+    /// Starts one that begins a session, and with it a group, by itself; `input` is its standard input.
+    pub fn start_session(name: &str, command: Command, input: impl Into<Stdio>, log: &Path) -> Result<Self> {
+        Self::start_with(name, command, input.into(), log)
+    }
+
+    fn start_with(name: &str, mut command: Command, input: Stdio, log: &Path) -> Result<Self> {
         let output = File::options()
             .create(true)
             .append(true)
             .open(log)
             .with_context(|| format!("opening {}", log.display()))?;
-        command
-            .stdin(Stdio::null())
-            .stdout(output.try_clone()?)
-            .stderr(output)
-            .process_group(0);
+        command.stdin(input).stdout(output.try_clone()?).stderr(output);
         sys::die_with_spawner(&mut command);
         let child = spawn(command).with_context(|| format!("starting {name}"))?;
         let group = Pid::from_child(&child);

@@ -84,6 +84,16 @@ pub fn niceness(pid: u32, thread: u32) -> Result<i64> {
         .with_context(|| format!("thread {thread} is gone"))
 }
 
+/// Nanoseconds that a thread has run, and that it was runnable and waited for a CPU.
+pub fn schedule(pid: u32, thread: u32) -> Result<(u64, u64)> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/task/{thread}/schedstat"))?;
+    let mut fields = text.split_ascii_whitespace().map(str::parse);
+    match (fields.next(), fields.next()) {
+        (Some(ran), Some(waited)) => Ok((ran?, waited?)),
+        _ => anyhow::bail!("schedstat of thread {thread} is {text:?}"),
+    }
+}
+
 /// CPU time that a process has used in clock ticks (100 a second), user and system.
 pub fn cpu_ticks(pid: u32) -> Result<i64> {
     let dir = format!("/proc/{pid}");
@@ -107,6 +117,53 @@ pub fn oom_score_adj(pid: u32) -> Result<i64> {
     Ok(std::fs::read_to_string(format!("/proc/{pid}/oom_score_adj"))?
         .trim()
         .parse()?)
+}
+
+/// Session of a process: the number of the process that began it.
+pub fn session(pid: u32) -> Result<i64> {
+    stat_field(Path::new(&format!("/proc/{pid}")), 6).with_context(|| format!("process {pid} is gone"))
+}
+
+/// Nice value of a process's autogroup; `None` where the kernel has no autogroups.
+pub fn autogroup(pid: u32) -> Result<Option<i64>> {
+    match std::fs::read_to_string(format!("/proc/{pid}/autogroup")) {
+        Ok(text) => {
+            let nice = text.trim().rsplit_once(" nice ").map(|(_, nice)| nice.parse());
+            Ok(nice.transpose()?)
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Fails unless a process gives way as asked: every thread at that nice value and I/O class (class << 13), another session
+/// than this process's, whose autogroup is as nice, and first to be killed when memory runs out. Returns the number of threads.
+pub fn gives_way(pid: u32, nice: i64, io_class: i64) -> Result<usize> {
+    let threads = threads(pid)?;
+    for thread in &threads {
+        let found = niceness(pid, *thread)?;
+        anyhow::ensure!(
+            found == nice,
+            "thread {thread} of {}: nice {found}, not {nice}",
+            threads.len()
+        );
+        let found = io_priority(*thread)? >> 13;
+        anyhow::ensure!(
+            found == io_class,
+            "thread {thread} of {}: I/O class {found}, not {io_class}",
+            threads.len()
+        );
+    }
+    let own = session(std::process::id())?;
+    anyhow::ensure!(session(pid)? != own, "in this process's session");
+    let found = autogroup(pid)?;
+    anyhow::ensure!(
+        found.is_none_or(|found| found == nice),
+        "autogroup at nice {found:?}, not {nice}"
+    );
+    let found = oom_score_adj(pid)?;
+    anyhow::ensure!(found == 1000, "oom_score_adj {found}, not 1000");
+    Ok(threads.len())
 }
 
 /// I/O priority of a thread: class << 13 | level.

@@ -45,28 +45,44 @@ pub(crate) fn io_priority(thread: u32) -> io::Result<i64> {
     }
 }
 
-/// From now on the kernel answers "done" to these system calls of this process and its children, and does nothing.
-pub(crate) fn feign(calls: &[i64]) -> io::Result<()> {
+/// A system call that does nothing any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Feint {
+    /// Its number.
+    pub(crate) call: i64,
+    /// Only with this third argument.
+    pub(crate) third: Option<u32>,
+    /// What the kernel answers; 0 = "done".
+    pub(crate) errno: i32,
+}
+
+/// Where a filter finds the low half of a call's third argument.
+const THIRD_ARGUMENT: u32 = 16 + 2 * 8;
+
+/// From now on these system calls of this process and its children do nothing.
+pub(crate) fn feign(feints: &[Feint]) -> io::Result<()> {
     let statement = |code, k| libc::sock_filter {
         code,
         jt: 0,
         jf: 0,
         k,
     };
+    let jump = |code, k, jf| libc::sock_filter { code, jt: 0, jf, k };
     let code = |parts: u32| u16::try_from(parts).map_err(io::Error::other);
     let load = code(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS)?;
-    let jump = code(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K)?;
+    let equal = code(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K)?;
     let answer = code(libc::BPF_RET | libc::BPF_K)?;
-    let mut filter = vec![statement(load, 0)];
-    for call in calls {
-        let k = u32::try_from(*call).map_err(io::Error::other)?;
-        filter.push(libc::sock_filter {
-            code: jump,
-            jt: 0,
-            jf: 1,
-            k,
-        });
-        filter.push(statement(answer, libc::SECCOMP_RET_ERRNO));
+    let mut filter = vec![];
+    for feint in feints {
+        let number = u32::try_from(feint.call).map_err(io::Error::other)?;
+        let errno = u32::try_from(feint.errno).map_err(io::Error::other)?;
+        filter.push(statement(load, 0));
+        filter.push(jump(equal, number, if feint.third.is_some() { 3 } else { 1 }));
+        if let Some(third) = feint.third {
+            filter.push(statement(load, THIRD_ARGUMENT));
+            filter.push(jump(equal, third, 1));
+        }
+        filter.push(statement(answer, libc::SECCOMP_RET_ERRNO | errno));
     }
     filter.push(statement(answer, libc::SECCOMP_RET_ALLOW));
     let len = u16::try_from(filter.len()).map_err(io::Error::other)?;

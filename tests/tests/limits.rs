@@ -62,29 +62,6 @@ async fn the_worker(cluster: &Cluster, node: &str) -> Result<Seen> {
     .await
 }
 
-/// Fails unless every thread of the worker has that nice value and I/O class and the process is first to be killed
-/// when memory runs out. Returns the number of threads.
-fn every_thread_is_kind(worker: &Seen, nice: i64, io_class: i64) -> Result<usize> {
-    let threads = procfs::threads(worker.pid)?;
-    for thread in &threads {
-        let found = procfs::niceness(worker.pid, *thread)?;
-        ensure!(
-            found == nice,
-            "thread {thread} of {}: nice {found}, not {nice}",
-            threads.len()
-        );
-        let found = procfs::io_priority(*thread)? >> 13;
-        ensure!(
-            found == io_class,
-            "thread {thread} of {}: I/O class {found}, not {io_class}",
-            threads.len()
-        );
-    }
-    let found = procfs::oom_score_adj(worker.pid)?;
-    ensure!(found == 1000, "oom_score_adj {found}, not 1000");
-    Ok(threads.len())
-}
-
 async fn until_running(cluster: &Cluster, job: &InferenceJob) -> Result<()> {
     cluster
         .until(job, "the job to be Loaded", LONG, |job| {
@@ -108,7 +85,7 @@ fn under_conservative_every_thread_is_at_nice_15_and_idle_io_and_requests_start_
         let job = job_on(&cluster, "gentle", "kind", spec(&questions.lines(), "kind")?).await?;
         until_running(&cluster, &job).await?;
         let worker = the_worker(&cluster, "gentle").await?;
-        let threads = every_thread_is_kind(&worker, 15, IOPRIO_CLASS_IDLE)?;
+        let threads = procfs::gives_way(worker.pid, 15, IOPRIO_CLASS_IDLE)?;
         let job = cluster.until_finished(&job, LONG).await?;
         let results = cluster.results(&job).await?;
         let mut starts: Vec<i64> = results
@@ -145,7 +122,7 @@ fn a_worker_whose_setters_do_nothing_is_found_out() -> Result<()> {
         let job = job_on(&cluster, "gentle", "unkind", spec(&questions.lines(), "unkind")?).await?;
         until_running(&cluster, &job).await?;
         let worker = the_worker(&cluster, "gentle").await?;
-        let verdict = every_thread_is_kind(&worker, 15, IOPRIO_CLASS_IDLE);
+        let verdict = procfs::gives_way(worker.pid, 15, IOPRIO_CLASS_IDLE);
         cluster
             .jobs("default")
             .delete(&job.name_any(), &DeleteParams::default())

@@ -63,6 +63,11 @@ pub enum ToPool {
         /// RLIMIT_DATA in bytes, 0 = none.
         memory_limit: u64,
     },
+    /// Rank the session that pool and workers are behind other sessions, all of it together.
+    Rank {
+        /// Nice value of its autogroup, −20 to 19.
+        niceness: i8,
+    },
     /// Kill it now (SIGKILL).
     Kill {
         /// Which.
@@ -240,6 +245,9 @@ pub struct Readback {
     pub niceness: i8,
     /// I/O priority of the least kind among them.
     pub io: IoPriority,
+    /// Nice value of the worker's autogroup where autogroups rank it against other sessions; `None` where the kernel has
+    /// none or a cgroup ranks the worker instead.
+    pub autogroup: Option<i8>,
     /// Batch limit in force.
     pub max_batch: u16,
     /// Request interval in force, nanoseconds.

@@ -226,6 +226,8 @@ impl Owner {
             "pool connected"
         );
         self.pool = Some(Pool { link, user });
+        self.ranked = None;
+        self.rank_pool();
         self.clear();
     }
 

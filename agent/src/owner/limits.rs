@@ -6,7 +6,7 @@
 use super::Owner;
 use crate::clock::wall_seconds;
 use gogrid_agent_core::plan::Phase;
-use gogrid_agent_core::protocol::{IoPriority, Readback, ToWorker, WorkerId, WorkerLimits};
+use gogrid_agent_core::protocol::{IoPriority, Readback, ToPool, ToWorker, WorkerId, WorkerLimits};
 use gogrid_agent_core::session::{Nanos, Standing, nanos};
 use gogrid_agent_core::shares::{Claim, batch_each, divide};
 use gogrid_agent_core::vram::{Own, Reading};
@@ -127,8 +127,23 @@ impl Owner {
         self.keep_laws();
     }
 
+    /// Tells the pool how to rank its session, where that has changed: as the node's ceiling says, which no job's own profile
+    /// makes less kind.
+    pub(super) fn rank_pool(&mut self) {
+        let Some(niceness) = self.ceiling().map(|node| node.ceiling.niceness.0) else {
+            return;
+        };
+        if self.ranked != Some(niceness)
+            && let Some(pool) = &self.pool
+            && pool.link.pool(&ToPool::Rank { niceness }).is_ok()
+        {
+            self.ranked = Some(niceness);
+        }
+    }
+
     /// Sends every worker its limits where they differ from those it has.
     pub(super) fn push_limits(&mut self) {
+        self.rank_pool();
         let live = |owner: &Self, name: &str| {
             owner
                 .jobs

@@ -127,6 +127,8 @@ pub(crate) struct Owner {
     last_start: BTreeMap<String, Nanos>,
     wake: Option<Nanos>,
     granted_at: Nanos,
+    /// Nice value that the pool was last told to rank its session with.
+    ranked: Option<i8>,
     watched_at: Nanos,
     told_at: Nanos,
     memory_at: Nanos,
@@ -171,6 +173,7 @@ impl Owner {
             last_start: BTreeMap::new(),
             wake: None,
             granted_at: 0,
+            ranked: None,
             watched_at: 0,
             told_at: 0,
             memory_at: 0,

@@ -179,14 +179,16 @@ impl Owner {
             .filter(|w| w.link.is_some())
             .filter_map(|w| w.applied.as_ref())
             .collect();
-        let mut rows = rows(&effective.ceiling, self.ledger.cap(CPU_DEVICE), &readbacks);
+        let ranked = ranked_by(&readbacks);
+        let cap = self.ledger.cap(CPU_DEVICE);
+        let mut rows = rows(&effective.ceiling, cap, &readbacks, &ranked);
         rows.extend(self.share_rows(CPU_DEVICE, &effective.ceiling, "billed by CPU time"));
         rows
     }
 }
 
 /// One row per limit: what the profile asks for, what was read back, by which means.
-fn rows(limits: &Limits, cap: Bytes, readbacks: &[&Readback]) -> Vec<Enforcement> {
+fn rows(limits: &Limits, cap: Bytes, readbacks: &[&Readback], ranked: &str) -> Vec<Enforcement> {
     let idle = || "nothing runs".to_owned();
     let row = |limit: &str, requested: String, effective: String, mechanism: &str| Enforcement {
         limit: limit.into(),
@@ -226,12 +228,7 @@ fn rows(limits: &Limits, cap: Bytes, readbacks: &[&Readback]) -> Vec<Enforcement
             interval,
             "request gate per device",
         ),
-        row(
-            "niceness",
-            limits.niceness.0.to_string(),
-            nice,
-            "setpriority on every thread, autogroup",
-        ),
+        row("niceness", limits.niceness.0.to_string(), nice, ranked),
         row("io", asked_io, io, "ioprio_set on every thread"),
         row(
             "batch",
@@ -240,4 +237,13 @@ fn rows(limits: &Limits, cap: Bytes, readbacks: &[&Readback]) -> Vec<Enforcement
             "sequences per decode step",
         ),
     ]
+}
+
+/// What ranks the workers behind others: nice values of threads count only inside one autogroup or cgroup.
+fn ranked_by(readbacks: &[&Readback]) -> String {
+    match readbacks.iter().map(|r| r.autogroup).min() {
+        Some(Some(nice)) => format!("thread, autogroup at {nice}"),
+        Some(None) => "thread: ranks inside the workers' cgroup only".to_owned(),
+        None => "thread".to_owned(),
+    }
 }

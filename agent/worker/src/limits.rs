@@ -1,7 +1,8 @@
 //! CPU and I/O courtesy of this process, set on every thread and read back.
 //!
 //! Owns: the order (before any other thread starts), the sweep over all threads, and telling honestly what is in force:
-//! lowering a nice value needs a right that a worker hasn't got. Must not know about models or grants.
+//! lowering a nice value needs a right that a worker hasn't got. A nice value ranks only inside an autogroup; that of all
+//! workers together is the pool's to rank. Must not know about models or grants.
 
 use crate::sys;
 use gogrid_agent_core::protocol::{IoPriority, Readback, WorkerLimits};
@@ -13,8 +14,6 @@ pub(crate) fn settle(limits: &WorkerLimits, memory: u64) -> io::Result<()> {
     // First in line when memory is short; raising it needs no right. Some containers mount /proc read-only.
     let _ = std::fs::write("/proc/self/oom_score_adj", "1000");
     apply_to(0, limits)?;
-    // A nice value ranks only inside an autogroup (notes, E2c). The file is missing where autogroups are.
-    let _ = std::fs::write("/proc/self/autogroup", limits.niceness.to_string());
     let set = |resource, most| {
         rustix::process::setrlimit(
             resource,
@@ -33,7 +32,50 @@ pub(crate) fn settle(limits: &WorkerLimits, memory: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// Applies limits to every thread there is and reads them back. Threads that start later inherit from their starter.
+const AUTOGROUP: &str = "/proc/self/autogroup";
+
+/// The nice value of this process's autogroup, if there is one and no cgroup takes its place.
+fn autogroup() -> Option<i8> {
+    let text = |path: &str| std::fs::read_to_string(path).ok();
+    let enabled = text("/proc/sys/kernel/sched_autogroup_enabled")?;
+    let group = text(AUTOGROUP)?;
+    let namespace = std::fs::read_link("/proc/self/ns/cgroup").ok()?;
+    let acts = enabled.trim() == "1"
+        && namespace.to_str() == Some(FIRST_NAMESPACE)
+        && in_root_group(
+            &text("/proc/self/cgroup")?,
+            text("/sys/fs/cgroup/cgroup.subtree_control").as_deref(),
+        );
+    let (_, nice) = group.trim().rsplit_once(" nice ")?;
+    nice.parse().ok().filter(|_| acts)
+}
+
+/// The machine's own cgroup namespace; in any other one a path says nothing about the whole tree.
+const FIRST_NAMESPACE: &str = "cgroup:[4026531835]";
+
+/// Whether the CPU controller leaves a process with this `/proc/self/cgroup` in the machine's root group, where autogroups
+/// act. `controlled`: what cgroup v2's root gives to its children.
+fn in_root_group(own: &str, controlled: Option<&str>) -> bool {
+    for line in own.lines() {
+        let mut parts = line.splitn(3, ':');
+        let (Some(_), Some(controllers), Some(path)) = (parts.next(), parts.next(), parts.next()) else {
+            continue;
+        };
+        if controllers.split(',').any(|name| name == "cpu") {
+            return path == "/";
+        }
+        if controllers.is_empty() && path != "/" {
+            let controlled = controlled.unwrap_or_default();
+            if controlled.split_whitespace().any(|name| name == "cpu") {
+                return false;
+            }
+        }
+    }
+    true
+}
+
+/// Applies limits to every thread there is and reads them back. Threads that start later inherit from their starter,
+/// unless a library sees to their priority itself: the sweep is repeated while the worker lives.
 pub(crate) fn sweep(limits: &WorkerLimits) -> io::Result<Readback> {
     let mut seen = Vec::new();
     // A thread may start while others are set; a second look finds it.
@@ -76,6 +118,7 @@ fn read_back(limits: &WorkerLimits) -> io::Result<Readback> {
         threads: count,
         niceness: lowest,
         io,
+        autogroup: autogroup(),
         max_batch: limits.max_batch.max(1),
         request_interval: limits.request_interval,
     })
@@ -146,6 +189,21 @@ mod tests {
             IoPriority::Idle,
         ] {
             assert_eq!(priority(number(wanted)), wanted);
+        }
+    }
+
+    #[test]
+    fn an_autogroup_counts_only_where_no_cgroup_ranks_the_process() {
+        let all = "cpuset cpu io memory pids";
+        for (own, controlled, expected) in [
+            ("1:cpu,cpuacct:/\n0::/\n", None, true),
+            ("1:cpu,cpuacct:/user.slice\n0::/user.slice\n", None, false),
+            ("2:cpuset:/a\n1:cpu:/\n0::/\n", None, true),
+            ("0::/\n", Some(all), true),
+            ("0::/user.slice/session-1.scope\n", Some(all), false),
+            ("0::/user.slice/session-1.scope\n", Some("memory pids"), true),
+        ] {
+            assert_eq!(in_root_group(own, controlled), expected, "{own:?}");
         }
     }
 

@@ -38,6 +38,9 @@ enum Event {
     Terminate,
 }
 
+/// The kernel takes one change of an autogroup in a tenth of a second from all who have no rights.
+const RANK_PAUSE: u64 = 110_000_000;
+const RANK_ATTEMPTS: u32 = 5;
 const FIRST_PAUSE: u64 = 100_000_000;
 const LONGEST_PAUSE: u64 = 5_000_000_000;
 
@@ -57,6 +60,7 @@ pub(crate) fn serve(socket: &Path, die_with_parent: bool, flags: Vec<OsString>) 
         })?;
     }
     let mut pool = Pool {
+        own_session: own_session(),
         socket: socket.to_owned(),
         flags,
         workers: BTreeMap::new(),
@@ -85,7 +89,15 @@ pub(crate) fn serve(socket: &Path, die_with_parent: bool, flags: Vec<OsString>) 
     Ok(())
 }
 
+/// Whether this process leads a session, from now on if it did not before: an autogroup of its own, so that ranking it
+/// takes nobody else along. Refused where a shell has made it the leader of a group in its own session.
+fn own_session() -> bool {
+    rustix::process::setsid().is_ok()
+        || rustix::process::getsid(None).is_ok_and(|it| it == rustix::process::getpid())
+}
+
 struct Pool {
+    own_session: bool,
     socket: PathBuf,
     flags: Vec<OsString>,
     workers: BTreeMap<WorkerId, Child>,
@@ -163,6 +175,10 @@ impl Pool {
                     },
                 })
             }
+            ToPool::Rank { niceness } => {
+                self.rank(niceness);
+                None
+            }
             ToPool::Kill { worker } => {
                 if let Some(child) = self.workers.get_mut(&worker) {
                     // Fails only for one that has ended, and that is reported anyway.
@@ -175,6 +191,25 @@ impl Pool {
                     let _ = kill_process(pid, Signal::CONT);
                 }
                 None
+            }
+        }
+    }
+
+    /// Ranks this session, which all workers share: each with one of its own would count as often as there are workers. The
+    /// file is missing where the kernel has no autogroups; what is in force is read back by the workers.
+    fn rank(&self, niceness: i8) {
+        if !self.own_session {
+            tracing::warn!(
+                "the pool shares its session with others: only nice values of threads rank the workers"
+            );
+            return;
+        }
+        for _ in 0..RANK_ATTEMPTS {
+            match std::fs::write("/proc/self/autogroup", niceness.to_string()) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    clock::wait_until(clock::boottime().saturating_add(RANK_PAUSE));
+                }
+                _ => return,
             }
         }
     }

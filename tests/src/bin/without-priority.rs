@@ -1,12 +1,30 @@
-//! `gogrid-worker` on a kernel that ignores priorities: setting them answers "done" and does nothing.
+//! `gogrid-worker` on a machine where a means of courtesy has no effect: called `without-NAME`, without that one, and
+//! `without-priority`, without nice values and I/O priorities.
 //!
-//! Proves that the checks of niceness and I/O class can fail.
+//! Proves that the checks of courtesy can fail.
 
 use std::os::unix::process::CommandExt as _;
+use std::path::Path;
 use std::process::Command;
 
+use gogrid_tests::process::Means;
+
 fn main() -> anyhow::Result<()> {
-    gogrid_tests::process::ignore_priorities()?;
+    let called = std::env::args_os().next().unwrap_or_default();
+    let called = Path::new(&called)
+        .file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned();
+    let named = Means::ALL
+        .into_iter()
+        .find(|means| called.strip_prefix("without-") == Some(means.name()));
+    if let Some(means) = named {
+        means.break_it()?;
+    } else {
+        Means::Setpriority.break_it()?;
+        Means::Ioprio.break_it()?;
+    }
     let error = Command::new(gogrid_tests::cluster::program("gogrid-worker")?)
         .args(std::env::args_os().skip(1))
         .exec();

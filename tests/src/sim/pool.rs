@@ -231,6 +231,8 @@ impl Pool {
                     .send(Event::FromPool(FromPool::Spawned { worker, pid }))
                     .await;
             }
+            // Nothing else runs on a modelled machine.
+            ToPool::Rank { .. } => {}
             ToPool::Kill { worker } => {
                 if let Some(living) = self.workers.get(&worker) {
                     living.task.abort();

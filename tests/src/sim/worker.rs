@@ -157,6 +157,7 @@ impl Worker {
             threads: 2,
             niceness: limits.niceness,
             io: limits.io,
+            autogroup: None,
             max_batch: limits.max_batch,
             request_interval: limits.request_interval,
         }))
