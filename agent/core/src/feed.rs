@@ -31,10 +31,11 @@ pub enum FeedError {
     NotAsked(u64),
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Sent {
     at: Nanos,
     started: bool,
+    text: String,
 }
 
 /// The records of one assignment.
@@ -179,9 +180,17 @@ impl Feed {
             Sent {
                 at: now,
                 started: false,
+                text: text.clone(),
             },
         );
         Some((line, text))
+    }
+
+    /// The worker is gone and another one follows: what was sent and not answered is to be sent again, first of all.
+    pub fn give_back(&mut self) {
+        for (line, sent) in std::mem::take(&mut self.outstanding).into_iter().rev() {
+            self.queue.push_front((line, sent.text));
+        }
     }
 
     /// The worker has begun a record; returns when that was sent.
@@ -424,6 +433,24 @@ mod tests {
         feed.answer(&text(1), 0).unwrap();
         assert_eq!(feed.answer(&text(1), 0), Err(FeedError::NotAsked(1)));
         assert_eq!(feed.started(9), Err(FeedError::NotAsked(9)));
+    }
+
+    #[test]
+    fn what_a_worker_left_unanswered_goes_to_the_next_one_in_order_and_nothing_else_does() {
+        let mut feed = Feed::new("u", &[input(1, 4)], &[]);
+        feed.want();
+        feed.read(0, "a\nb\nc\nd", 0).unwrap();
+        for _ in 0..3 {
+            feed.next(3, 0).unwrap();
+        }
+        feed.answer(&text(1), 0).unwrap();
+        feed.give_back();
+        assert_eq!(feed.outstanding(), 0);
+        assert_eq!(feed.answer(&text(2), 0), Err(FeedError::NotAsked(2)));
+        let sent: Vec<u64> = std::iter::from_fn(|| feed.next(9, 0))
+            .map(|(line, _)| line)
+            .collect();
+        assert_eq!(sent, [2, 3, 4]);
     }
 
     #[test]

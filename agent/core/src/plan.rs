@@ -44,6 +44,10 @@ pub enum Phase {
     Loading,
     /// It takes records.
     Running,
+    /// It was told to drain so that another one takes its place.
+    Renewing,
+    /// It has drained for that; it goes, and the job is `Verified` again.
+    Renewed,
     /// It was told to drain.
     Draining,
     /// It has drained.
@@ -82,6 +86,8 @@ pub struct Job {
     pub failure: Option<Failure>,
     /// Set once the node wants it gone by no fault of the order: why, and when its worker is killed at the latest.
     pub eviction: Option<(Failure, Nanos)>,
+    /// Its worker can't be given the limits that are in force, a new one can.
+    pub outdated: bool,
     /// All records are answered.
     pub exhausted: bool,
     /// Answers are not durable yet.
@@ -106,6 +112,7 @@ impl Job {
             stopping: None,
             failure: None,
             eviction: None,
+            outdated: false,
             exhausted: false,
             unsaved: false,
             saving: false,
@@ -192,6 +199,8 @@ pub enum Step {
     Spawn(String),
     /// Send Load with the verified model.
     Load(String),
+    /// Begin to replace the worker: it drains.
+    Renew(String),
     /// Begin to stop: the worker drains if it runs, until the deadline.
     Stop(String, Nanos),
     /// It can't go on: keep the failure, so that the next plan ends it.
@@ -411,12 +420,16 @@ fn run(context: &Context<'_>, name: String, job: &Job) -> Option<Step> {
         Phase::Claimed if job.accepted => Some(Step::Fetch(name)),
         Phase::Verified if context.pool && context.standing == Standing::Held => Some(Step::Spawn(name)),
         Phase::Connected => Some(Step::Load(name)),
-        Phase::Running if job.exhausted => match (job.worker, job.unsaved, job.saving) {
-            (_, _, true) => None,
-            (_, true, false) => Some(Step::Save(name)),
-            (Some(_), false, false) => (!job.killed).then_some(Step::Kill(name)),
-            (None, false, false) => Some(Step::Finish(name, Ending::Succeeded)),
-        },
+        Phase::Running | Phase::Renewing | Phase::Renewed if job.exhausted => {
+            match (job.worker, job.unsaved, job.saving) {
+                (_, _, true) => None,
+                (_, true, false) => Some(Step::Save(name)),
+                (Some(_), false, false) => (!job.killed).then_some(Step::Kill(name)),
+                (None, false, false) => Some(Step::Finish(name, Ending::Succeeded)),
+            }
+        }
+        Phase::Running if job.outdated && context.pool => Some(Step::Renew(name)),
+        Phase::Renewed if job.worker.is_some() => (!job.killed).then_some(Step::Kill(name)),
         Phase::Starting if context.now >= job.since.saturating_add(nanos(START_DEADLINE)) => {
             (!job.killed).then_some(Step::Kill(name))
         }
@@ -427,6 +440,8 @@ fn run(context: &Context<'_>, name: String, job: &Job) -> Option<Step> {
         | Phase::Starting
         | Phase::Loading
         | Phase::Running
+        | Phase::Renewing
+        | Phase::Renewed
         | Phase::Draining
         | Phase::Drained
         | Phase::Over => None,
@@ -884,6 +899,34 @@ mod tests {
         );
         let orders = BTreeMap::from([("a".to_owned(), order(&json!({})))]);
         assert_eq!(plan(&HELD, &orders, true, &BTreeMap::new(), &mut ledger), []);
+    }
+
+    #[test]
+    fn a_worker_that_cannot_take_the_limits_drains_and_goes_before_another_one_comes() {
+        let at = |job: &Job| next(&HELD, &json!({}), job);
+        let mut job = Job {
+            outdated: true,
+            ..running(Some(1))
+        };
+        assert_eq!(at(&job), Some(Step::Renew("a".into())));
+        job.phase = Phase::Renewing;
+        assert_eq!(at(&job), None);
+        job.phase = Phase::Renewed;
+        assert_eq!(at(&job), Some(Step::Kill("a".into())));
+        job.killed = true;
+        assert_eq!(at(&job), None);
+        let last = Job {
+            phase: Phase::Renewing,
+            exhausted: true,
+            ..running(None)
+        };
+        assert_eq!(at(&last), Some(Step::Finish("a".into(), Ending::Succeeded)));
+        let fenced = Job {
+            fenced: true,
+            outdated: true,
+            ..running(Some(1))
+        };
+        assert_eq!(at(&fenced), Some(Step::Confirm("a".into())));
     }
 
     #[test]

@@ -321,7 +321,7 @@ impl Owner {
     }
 
     /// The worker is reaped: nothing of it runs any more.
-    fn worker_gone(&mut self, worker: WorkerId, how: &str, _now: Nanos) {
+    fn worker_gone(&mut self, worker: WorkerId, how: &str, now: Nanos) {
         self.pids.remove(&worker);
         let Some(name) = self.workers.remove(&worker) else {
             return;
@@ -329,18 +329,27 @@ impl Owner {
         for grants in self.out.values_mut() {
             grants.ended(worker);
         }
+        let Some(job) = self.jobs.get_mut(&name) else {
+            return;
+        };
+        job.worker = None;
+        job.fenced = false;
+        let renewed = job.phase == Phase::Renewed && job.killed && !job.exhausted && job.stopping.is_none();
         if let Some(work) = self.work.get_mut(&name) {
             work.link = None;
             work.nonce = None;
             work.pid = None;
             work.resident = None;
             work.before_load = None;
+            if renewed {
+                work.feed.give_back();
+            }
         }
-        let Some(job) = self.jobs.get_mut(&name) else {
-            return;
-        };
-        job.worker = None;
-        job.fenced = false;
+        if renewed {
+            job.killed = false;
+            self.enter(&name, Phase::Verified, now);
+            return self.push_limits();
+        }
         let done = job.killed && (job.exhausted || job.stopping.is_some());
         if !done && !job.exhausted {
             let late = job.killed && job.phase == Phase::Starting;
@@ -427,7 +436,7 @@ impl Owner {
                 }
                 let (device, reserved) = (work.device.clone(), work.bytes);
                 let actual = Bytes(device_bytes).max(reserved);
-                work.loaded_at = Some(now);
+                work.loaded_at.get_or_insert(now);
                 if let Err(shortage) = self.ledger.commit(&device, &name, actual) {
                     return self.fail(&name, "VRAMExceeded", &shortage.to_string(), true);
                 }
@@ -439,7 +448,7 @@ impl Owner {
             FromWorker::Applied(readback) => {
                 let current = work.limits.as_ref().map(|l| l.generation);
                 if current.is_some_and(|generation| readback.generation <= generation) {
-                    work.applied = Some(readback);
+                    work.read_back(readback);
                     self.limits_applied();
                 } else {
                     self.breach(&name, "the worker applied limits that it was not sent");
@@ -462,11 +471,11 @@ impl Owner {
                 self.tools.metrics.used(&work.device, &work.usage, &usage);
                 work.usage = usage;
             }
-            FromWorker::Drained => {
-                if job.phase == Phase::Draining {
-                    self.enter(&name, Phase::Drained, now);
-                }
-            }
+            FromWorker::Drained => match job.phase {
+                Phase::Draining => self.enter(&name, Phase::Drained, now),
+                Phase::Renewing => self.enter(&name, Phase::Renewed, now),
+                _ => {}
+            },
             FromWorker::Failed { reason, message } => {
                 let reason = reason_word(&reason, "WorkerFailed").to_owned();
                 let hopeless = ["Unsupported", "Invalid", "ContextTooLong"]

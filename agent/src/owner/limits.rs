@@ -205,7 +205,7 @@ impl Owner {
             let same =
                 |l: &WorkerLimits, a: &Readback| a.generation == l.generation && a.niceness >= l.niceness;
             let applied = matches!((&w.limits, &w.applied), (Some(l), Some(a)) if same(l, a));
-            w.link.is_some() && !applied
+            w.link.is_some() && (!applied || w.outdated())
         })
     }
 

@@ -147,9 +147,12 @@ impl Owner {
 
     fn heartbeat(&self, now: Nanos) -> Option<Heartbeat> {
         let live = |name: &String| {
-            self.jobs
-                .get(name)
-                .is_some_and(|j| matches!(j.phase, Phase::Running | Phase::Draining | Phase::Drained))
+            self.jobs.get(name).is_some_and(|j| {
+                matches!(
+                    j.phase,
+                    Phase::Running | Phase::Renewing | Phase::Renewed | Phase::Draining | Phase::Drained
+                )
+            })
         };
         let running: Vec<RunningProgress> = self
             .work

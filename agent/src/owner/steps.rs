@@ -6,7 +6,7 @@ use super::work::Work;
 use super::{Owner, workers};
 use crate::event::{Event, WriteFailure};
 use gogrid_agent_core::plan::{Ending, Job, Phase, Step, Stopping};
-use gogrid_agent_core::protocol::{ToPool, ToWorker};
+use gogrid_agent_core::protocol::{ToPool, ToWorker, Usage};
 use gogrid_agent_core::results::clip;
 use gogrid_agent_core::session::Nanos;
 use gogrid_api::AssignmentStatus;
@@ -34,6 +34,7 @@ impl Owner {
             Step::Fetch(name) => self.fetch(&name, now),
             Step::Spawn(name) => self.spawn(&name, now),
             Step::Load(name) => self.load(&name, now),
+            Step::Renew(name) => self.renew(&name, now),
             Step::Stop(name, deadline) => self.stop(&name, deadline, now),
             Step::Fail(name, failure) => {
                 let Failure {
@@ -193,6 +194,9 @@ impl Owner {
         self.next_worker += 1;
         let memory_limit = workers::memory_limit(work.bytes);
         work.told = limits.generation;
+        work.applied = None;
+        work.kindest = None;
+        work.usage = Usage::default();
         let order = ToPool::Spawn {
             worker,
             nonce: nonce.clone(),
@@ -241,18 +245,32 @@ impl Owner {
         true
     }
 
+    fn renew(&mut self, name: &str, now: Nanos) -> bool {
+        self.enter(name, Phase::Renewing, now);
+        tracing::info!(
+            assignment = name,
+            "a new worker is to take over: this one can't lower its nice value"
+        );
+        self.drain(name);
+        true
+    }
+
+    fn drain(&self, name: &str) {
+        let link = self.work.get(name).and_then(|w| w.link.clone());
+        if let Some(Err(error)) = link.map(|l| l.worker(&ToWorker::Drain)) {
+            tracing::debug!(%error, assignment = name, "worker takes no drain");
+        }
+    }
+
     fn stop(&mut self, name: &str, deadline: Nanos, now: Nanos) -> bool {
         let Some(job) = self.jobs.get_mut(name) else {
             return false;
         };
         job.stopping = Some(Stopping { deadline });
-        if job.phase == Phase::Running {
+        if matches!(job.phase, Phase::Running | Phase::Renewing) {
             self.enter(name, Phase::Draining, now);
             self.set_state(name, State::Stopping);
-            let link = self.work.get(name).and_then(|w| w.link.clone());
-            if let Some(Err(error)) = link.map(|l| l.worker(&ToWorker::Drain)) {
-                tracing::debug!(%error, assignment = name, "worker takes no drain");
-            }
+            self.drain(name);
         }
         true
     }

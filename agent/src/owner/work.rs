@@ -40,6 +40,8 @@ pub(crate) struct Work {
     pub(crate) told: u64,
     /// Limits last read back.
     pub(crate) applied: Option<Readback>,
+    /// Nice value that its worker had from its start, where that is kinder than was asked: no new one would be less so.
+    pub(crate) kindest: Option<i8>,
     /// Share last granted, in permille.
     pub(crate) share: u16,
     /// Share that it was to get; others' grants that are still out may have left less.
@@ -104,6 +106,7 @@ impl Work {
             limits: None,
             told: 0,
             applied: None,
+            kindest: None,
             share: 0,
             wanted: 0,
             yielding: None,
@@ -129,6 +132,29 @@ impl Work {
     /// Whether nothing waits to be written.
     pub(crate) fn reported(&self) -> bool {
         self.gone || (self.writing.is_none() && self.written.as_ref() == Some(&self.status))
+    }
+
+    /// Takes in what is in force in its worker.
+    pub(crate) fn read_back(&mut self, readback: Readback) {
+        let asked = self
+            .limits
+            .as_ref()
+            .filter(|l| l.generation == readback.generation);
+        if self.applied.is_none() && asked.is_some_and(|asked| readback.niceness > asked.niceness) {
+            self.kindest = Some(readback.niceness);
+        }
+        self.applied = Some(readback);
+    }
+
+    /// Whether its worker is kinder than its limits ask although a new one would not be: it may not lower its nice value.
+    pub(crate) fn outdated(&self) -> bool {
+        let (Some(limits), Some(applied)) = (&self.limits, &self.applied) else {
+            return false;
+        };
+        let least = self
+            .kindest
+            .map_or(limits.niceness, |kindest| kindest.max(limits.niceness));
+        self.link.is_some() && applied.generation == limits.generation && applied.niceness > least
     }
 
     /// Time since the model was loaded.
