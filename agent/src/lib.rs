@@ -8,6 +8,9 @@ pub mod clock;
 pub mod config;
 mod devices;
 pub mod event;
+mod fetch;
+mod fetcher;
+mod frames;
 mod header;
 pub mod kube_client;
 mod lease;
@@ -25,6 +28,7 @@ mod sys;
 mod watch;
 
 pub use devices::nvml::child as probe_nvml;
+pub use fetch::{FetchError, Flags as FetchFlags, child as fetch};
 pub use header::child as inspect_header;
 pub use lease::LeaseEvent;
 pub use owner::End;

@@ -2,7 +2,7 @@
 //!
 //! Owns: the start and the end of the process. `gogrid-agent` runs the agent; `gogrid-agent inspect-headers` is the
 //! confined child that parses one header, `gogrid-agent probe-nvml` the one that
-//! loads the GPU driver's library. Must not hold policy.
+//! loads the GPU driver's library, `gogrid-agent fetch` the niced one that fetches and hashes. Must not hold policy.
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
@@ -38,6 +38,9 @@ enum Child {
         #[arg(long)]
         library: Option<PathBuf>,
     },
+    /// Fetch, hash and keep models for the agent at the other end of standard input.
+    #[command(hide = true)]
+    Fetch(gogrid_agent::FetchFlags),
 }
 
 fn main() -> anyhow::Result<ExitCode> {
@@ -49,6 +52,14 @@ fn main() -> anyhow::Result<ExitCode> {
         }
         Some(Child::ProbeNvml { library }) => {
             gogrid_agent::probe_nvml(library.as_deref())?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        Some(Child::Fetch(flags)) => {
+            tracing_subscriber::fmt()
+                .json()
+                .with_writer(std::io::stderr)
+                .init();
+            gogrid_agent::fetch(flags)?;
             return Ok(ExitCode::SUCCESS);
         }
         None => {}
@@ -72,21 +83,10 @@ fn main() -> anyhow::Result<ExitCode> {
         .worker_threads(2)
         .enable_all()
         .build()?;
-    // Its threads give way to everything else on the node: they fetch and hash models.
-    let heavy = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(1)
-        .thread_name("heavy")
-        .on_thread_start(|| {
-            // On Linux this is the thread's own nice value. Refused or not, the work must be done.
-            let _ = rustix::process::setpriority_process(None, 15);
-        })
-        .enable_all()
-        .build()?;
     // The lock outlives everything that this agent started.
-    let (end, _lock) = runtime.block_on(gogrid_agent::run(config, heavy.handle().clone()))?;
+    let (end, _lock) = runtime.block_on(gogrid_agent::run(config))?;
     tracing::info!(%end, "the agent ends");
     // Children die with this process; nothing is worth waiting for.
-    heavy.shutdown_background();
     runtime.shutdown_background();
     Ok(match end {
         End::Told => ExitCode::SUCCESS,

@@ -1,18 +1,21 @@
-//! Models: obtaining verified ones, and reading headers of unverified ones in a child that can do no harm.
+//! Models: obtaining verified ones, and reading headers of unverified ones, each in a child of its own kind.
 //!
-//! Owns: the store, the header child and the scan of the roots. This process never parses a model. Must not decide
-//! where a model runs.
+//! Owns: the header child and the scan of the roots. This process never parses, hashes or downloads a model. Must not
+//! decide where a model runs.
 
 use crate::config::Config;
 use crate::event::{Event, Hub};
+use crate::fetch;
+use crate::fetcher::Fetcher;
 use crate::header::{self, Answer};
 use crate::metrics::Metrics;
 use futures::future::BoxFuture;
+use gogrid_agent_core::fetch::Manners;
 use gogrid_agent_core::results::clip;
 use gogrid_api::assignment::{ModelFacts, ModelOrder};
 use gogrid_api::job::Failure;
 use gogrid_api::node::HeldModel;
-use gogrid_store::{AddressPolicy, HttpLimits, ModelUri, Roots, Sha256, Store, StoreConfig, StoreError};
+use gogrid_store::{AddressPolicy, ModelUri, Roots, Sha256, StoreError};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read as _;
@@ -21,11 +24,8 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::pin::Pin;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::sync::Semaphore;
 
@@ -41,8 +41,6 @@ const MAX_URI: usize = 2048;
 const MAX_ANSWER: u64 = 64 << 10;
 /// Longest time of the header child.
 const CHILD_DEADLINE: Duration = Duration::from_secs(60);
-/// Bytes of the file system that downloads leave free.
-const DISK_RESERVE: u64 = 1 << 30;
 /// CAP_SETUID, in the bits of /proc/self/status.
 const CAP_SETUID: u32 = 7;
 /// Nobody.
@@ -56,23 +54,6 @@ pub struct Obtained {
     pub facts: Option<ModelFacts>,
 }
 
-/// A task that ends with whoever waits for it.
-struct AbortOnDrop<T>(tokio::task::JoinHandle<T>);
-
-impl<T> Drop for AbortOnDrop<T> {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
-}
-
-impl<T> Future for AbortOnDrop<T> {
-    type Output = Result<T, tokio::task::JoinError>;
-
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        Pin::new(&mut self.0).poll(cx)
-    }
-}
-
 /// Where an agent gets its models from.
 pub trait ModelSource: Send + Sync {
     /// Fetches a model, verifies it and reads its facts.
@@ -80,6 +61,12 @@ pub trait ModelSource: Send + Sync {
 
     /// Reads a model's header.
     fn inspect(&self, order: ModelOrder) -> BoxFuture<'static, Result<ModelFacts, Failure>>;
+
+    /// Whether anything is being fetched now, which takes the CPU device as a worker does.
+    fn is_busy(&self) -> bool;
+
+    /// From now on fetching is to behave like this.
+    fn behave(&self, manners: Manners);
 }
 
 impl ModelSource for Models {
@@ -92,13 +79,32 @@ impl ModelSource for Models {
         let models = self.clone();
         Box::pin(async move { models.inspected(&order).await })
     }
+
+    fn is_busy(&self) -> bool {
+        self.fetcher.is_busy()
+    }
+
+    fn behave(&self, manners: Manners) {
+        self.fetcher.behave(manners);
+    }
+}
+
+/// Why models can't be had at all.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ModelsError {
+    /// Roots or addresses.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The thread of the fetching child.
+    #[error("the thread of the fetching child: {0}")]
+    Thread(#[from] std::io::Error),
 }
 
 /// Everything about models on this node.
 #[derive(Clone)]
 pub(crate) struct Models {
-    store: Store,
-    heavy: tokio::runtime::Handle,
+    roots: Roots,
+    fetcher: Fetcher,
     children: Arc<Semaphore>,
     downloads: Arc<Semaphore>,
     metrics: Arc<Metrics>,
@@ -120,16 +126,6 @@ impl Drop for Obtaining {
     }
 }
 
-/// Counts bytes of one model that is reported as the bytes done so far; a fall is a fresh start.
-fn count_bytes(metrics: Arc<Metrics>) -> impl Fn(u64, Option<u64>) + Send + Sync + 'static {
-    let before = AtomicU64::new(0);
-    move |done, _| {
-        let before = before.swap(done, Ordering::Relaxed);
-        let more = if done < before { done } else { done - before };
-        metrics.model_bytes.inc_by(more);
-    }
-}
-
 fn failure(error: &StoreError) -> Failure {
     Failure {
         reason: error.reason().to_owned(),
@@ -147,23 +143,24 @@ fn io_failure(what: &str, error: &std::io::Error) -> Failure {
 }
 
 impl Models {
-    /// Opens the store in the state directory.
+    /// Checks what the fetching child will be started with. `manners` hold until others are told.
     pub(crate) fn open(
         config: &Config,
         api_servers: Vec<IpAddr>,
-        heavy: tokio::runtime::Handle,
+        manners: Manners,
         metrics: Arc<Metrics>,
-    ) -> Result<Self, StoreError> {
-        let store = Store::open(StoreConfig {
-            dir: config.state_dir.join("models"),
-            roots: Roots::new(config.roots.clone())?,
-            policy: AddressPolicy::new(&config.allow, api_servers)?,
-            http: HttpLimits::default(),
-            reserve_bytes: DISK_RESERVE,
-        })?;
+    ) -> Result<Self, ModelsError> {
+        AddressPolicy::new(&config.allow, api_servers.clone())?;
+        let flags = fetch::Flags {
+            store: config.state_dir.join("models"),
+            model_root: config.roots.clone(),
+            allow_address: config.allow.clone(),
+            api_server: api_servers,
+        };
+        let bytes = metrics.model_bytes.clone();
         Ok(Self {
-            store,
-            heavy,
+            roots: Roots::new(config.roots.clone())?,
+            fetcher: Fetcher::start(flags, manners, move |more| bytes.inc_by(more))?,
             children: Arc::new(Semaphore::new(2)),
             downloads: Arc::new(Semaphore::new(2)),
             metrics,
@@ -180,27 +177,18 @@ impl Models {
     }
 
     async fn try_obtain(&self, order: &ModelOrder) -> Result<Obtained, Failure> {
-        let uri = ModelUri::parse(&order.uri).map_err(|e| failure(&e))?;
-        let digest = Sha256::parse(&order.sha256).map_err(|e| failure(&e))?;
+        ModelUri::parse(&order.uri).map_err(|e| failure(&e))?;
+        Sha256::parse(&order.sha256).map_err(|e| failure(&e))?;
         let _turn = self.downloads.acquire().await;
         let _obtaining = Obtaining::begin(&self.metrics);
-        // Fetching and hashing run on threads that give way to everything else on the node.
-        let store = self.store.clone();
-        let count = count_bytes(Arc::clone(&self.metrics));
-        let work = self
-            .heavy
-            .spawn(async move { store.obtain(&uri, digest, count).await });
-        let model = AbortOnDrop(work)
-            .await
-            .map_err(|e| io_failure("fetching the model", &std::io::Error::other(e)))?
-            .map_err(|e| failure(&e))?;
-        let copy = model
-            .file
-            .try_clone()
-            .map_err(|e| io_failure("model descriptor", &e))?;
-        let facts = self.read_header(copy, model.bytes).await.ok();
+        let (file, bytes) = self
+            .fetcher
+            .obtain(order.uri.clone(), order.sha256.clone())
+            .await?;
+        let copy = file.try_clone().map_err(|e| io_failure("model descriptor", &e))?;
+        let facts = self.read_header(copy, bytes).await.ok();
         Ok(Obtained {
-            file: Arc::new(OwnedFd::from(model.file)),
+            file: Arc::new(OwnedFd::from(file)),
             facts,
         })
     }
@@ -227,7 +215,7 @@ impl Models {
     }
 
     async fn open_beneath(&self, path: PathBuf) -> Result<(File, u64), Failure> {
-        let roots = self.store.roots().clone();
+        let roots = self.roots.clone();
         let opened = tokio::task::spawn_blocking(move || {
             let file = roots.open(&path).map_err(|e| failure(&e))?;
             let bytes = file.metadata().map_err(|e| io_failure("model", &e))?.len();
@@ -266,7 +254,7 @@ impl Models {
         let mut known: BTreeMap<String, (Stamp, HeldModel)> = BTreeMap::new();
         let mut published: Option<Vec<HeldModel>> = None;
         loop {
-            let roots = self.store.roots().clone();
+            let roots = self.roots.clone();
             let stamps = root_stamps(roots.paths());
             let listing = tokio::task::spawn_blocking(move || roots.list(MAX_LISTED)).await;
             let listed = match listing {
@@ -307,7 +295,7 @@ impl Models {
                 published = Some(models);
             }
             let mut waited = Duration::ZERO;
-            while waited < SCAN_EVERY && root_stamps(self.store.roots().paths()) == stamps {
+            while waited < SCAN_EVERY && root_stamps(self.roots.paths()) == stamps {
                 tokio::time::sleep(LOOK_EVERY).await;
                 waited += LOOK_EVERY;
             }

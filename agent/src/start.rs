@@ -7,7 +7,7 @@ use crate::clock::{Host, Machine};
 use crate::config::Config;
 use crate::event::{Event, Hub};
 use crate::metrics::{self, Metrics};
-use crate::{Agent, End, devices, kube_client, link, models, pressure, previous, spawner};
+use crate::{Agent, End, devices, kube_client, link, models, owner, pressure, previous, spawner};
 use gogrid_agent_core::driver::watch::Timing;
 use gogrid_agent_core::session::Session;
 use std::error::Error;
@@ -37,9 +37,9 @@ impl<T, E: Error + Send + Sync + 'static> Step<T> for Result<T, E> {
     }
 }
 
-/// Runs one agent on this machine until it ends; what is heavy runs on `heavy`. The file that comes back is the lock on
-/// the state directory: it must outlive everything that this agent started.
-pub async fn run(config: Config, heavy: tokio::runtime::Handle) -> Result<(End, std::fs::File), StartError> {
+/// Runs one agent on this machine until it ends. The file that comes back is the lock on the state directory: it must
+/// outlive everything that this agent started.
+pub async fn run(config: Config) -> Result<(End, std::fs::File), StartError> {
     std::fs::create_dir_all(&config.state_dir).step("the state directory")?;
     let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").step("the boot id")?;
     let instance = std::fs::read_to_string("/proc/sys/kernel/random/uuid").step("the instance id")?;
@@ -68,8 +68,9 @@ pub async fn run(config: Config, heavy: tokio::runtime::Handle) -> Result<(End, 
     tokio::spawn(metrics::serve(server, Arc::clone(&metrics)));
 
     let (clients, api_servers) = kube_client::connect(&config).await.step("the API server")?;
-    let models = models::Models::open(&config, api_servers, heavy, Arc::clone(&metrics))
-        .step("the store of models")?;
+    let manners = owner::first_manners().step("the conservative profile")?;
+    let models = models::Models::open(&config, api_servers, manners, Arc::clone(&metrics))
+        .step("the models' source")?;
     let (hub, events) = Hub::new();
 
     let own = rustix::process::geteuid().as_raw();

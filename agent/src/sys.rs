@@ -1,8 +1,8 @@
-//! The agent's only `unsafe`: what must happen between fork and exec.
+//! The agent's only `unsafe`: what must happen between fork and exec, and a system call without a safe form.
 //!
 //! Owns: children that die with the thread that started them. Must not decide what is started.
 
-#![expect(unsafe_code, reason = "pre_exec has no safe form")]
+#![expect(unsafe_code, reason = "pre_exec and ioprio_set have no safe form")]
 
 use rustix::process::{Signal, getppid, set_parent_process_death_signal};
 use std::io;
@@ -26,4 +26,17 @@ pub(crate) fn spawn_bound(command: &mut Command) -> io::Result<Child> {
         });
     }
     command.spawn()
+}
+
+const IOPRIO_WHO_PROCESS: libc::c_int = 1;
+
+/// Sets the I/O priority of one thread to the kernel's number.
+pub(crate) fn set_io_priority(thread: i32, value: i32) -> io::Result<()> {
+    // SAFETY: three integers; the kernel checks them and touches no memory of ours.
+    let result = unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, thread, value) };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }

@@ -21,6 +21,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
+use gogrid_agent_core::fetch::Manners;
 use gogrid_agent_core::protocol::{
     FromPool, FromWorker, Hello, IoPriority, Outcome, PROTOCOL_VERSION, Readback, Role, Sampling, ToPool,
     ToWorker, Usage, WorkerLimits, body_length, decode, encode,
@@ -60,6 +61,19 @@ pub fn worker_limits(limits: &Limits, generation: u64, threads: u16) -> WorkerLi
         max_batch: limits.max_batch,
         request_interval: limits.request_interval.0 * 1_000_000,
         threads,
+    }
+}
+
+/// What the fetching child is told under a profile.
+pub fn manners(limits: &Limits, share_permille: u16) -> Manners {
+    Manners {
+        niceness: if limits.niceness.0 > 0 {
+            19
+        } else {
+            limits.niceness.0
+        },
+        io: io_priority(limits),
+        share_permille,
     }
 }
 

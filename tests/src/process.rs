@@ -49,6 +49,11 @@ fn spawn(command: Command) -> Result<Child> {
     Ok(answer.recv().context("the spawning thread has ended")??)
 }
 
+/// Bytes of a file that are in the page cache; looking brings none in. True only of files that this user may write.
+pub fn cached_bytes(file: &File) -> io::Result<u64> {
+    sys::cached_bytes(file)
+}
+
 /// A means of courtesy that can be broken on purpose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Means {

@@ -105,3 +105,36 @@ pub(crate) fn feign(feints: &[Feint]) -> io::Result<()> {
         Err(io::Error::last_os_error())
     }
 }
+
+/// Bytes of a file that are in the page cache; looking brings none in.
+pub(crate) fn cached_bytes(file: &std::fs::File) -> io::Result<u64> {
+    use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+    let length = usize::try_from(file.metadata()?.len()).map_err(io::Error::other)?;
+    if length == 0 {
+        return Ok(0);
+    }
+    // SAFETY: takes a number and answers with one.
+    let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    let page = usize::try_from(page).map_err(io::Error::other)?;
+    let mut here = vec![0_u8; length.div_ceil(page)];
+    // SAFETY: a fresh mapping at an address that the kernel chooses; `here` has a byte for each of its pages; it is
+    // unmapped once, and nothing looks into it.
+    unsafe {
+        let address = mmap(
+            std::ptr::null_mut(),
+            length,
+            ProtFlags::READ,
+            MapFlags::PRIVATE,
+            file,
+            0,
+        )?;
+        let found = libc::mincore(address, length, here.as_mut_ptr());
+        let error = io::Error::last_os_error();
+        munmap(address, length)?;
+        if found != 0 {
+            return Err(error);
+        }
+    }
+    let pages = here.iter().filter(|page| **page & 1 == 1).count();
+    u64::try_from(pages * page).map_err(io::Error::other)
+}

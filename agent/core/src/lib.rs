@@ -7,6 +7,7 @@
 pub mod adaptive;
 pub mod driver;
 pub mod feed;
+pub mod fetch;
 pub mod plan;
 pub mod protocol;
 pub mod report;

@@ -5,6 +5,7 @@
 
 use super::Owner;
 use crate::clock::wall_seconds;
+use gogrid_agent_core::fetch::Manners;
 use gogrid_agent_core::plan::Phase;
 use gogrid_agent_core::protocol::{IoPriority, Readback, ToPool, ToWorker, WorkerId, WorkerLimits};
 use gogrid_agent_core::session::{Nanos, Standing, nanos};
@@ -23,12 +24,43 @@ use std::collections::{BTreeMap, BTreeSet};
 const SHARE_NANOS: Nanos = 750_000_000;
 /// Between two grants that nothing else causes.
 const GRANT_NANOS: Nanos = 240_000_000;
+/// The fetching child in the division of the CPU device; no worker is ever called so.
+const FETCHER: WorkerId = WorkerId::MAX;
+
+/// How the fetching child behaves until the node's profile is known: as under the built-in conservative one, with no
+/// share before it has anything to do.
+pub(crate) fn first_manners() -> Result<Manners, EffectiveProfileError> {
+    let none = BTreeMap::new();
+    effective_profile(&[], &none, None).map(|profile| manners(&profile.ceiling, 0))
+}
+
+/// Fetching can wait: where the profile asks for kindness at all, it is as kind as can be. Beside the workers' session it
+/// is one more that others share the machine with.
+fn manners(limits: &Limits, share_permille: u16) -> Manners {
+    Manners {
+        niceness: if limits.niceness.0 > 0 {
+            19
+        } else {
+            limits.niceness.0
+        },
+        io: io_priority(limits),
+        share_permille,
+    }
+}
+
+fn io_priority(limits: &Limits) -> IoPriority {
+    match limits.io_class {
+        IoClass::None => IoPriority::None,
+        IoClass::BestEffort => IoPriority::BestEffort(limits.io_level),
+        IoClass::Idle => IoPriority::Idle,
+    }
+}
 
 /// What the workers of one device share, in permille of its time.
 struct DeviceShares {
     device: String,
     ceiling: u16,
-    /// Worker, assignment, share; those that shrink first.
+    /// Worker, assignment (none: the fetching child), share; those that shrink first.
     workers: Vec<(WorkerId, String, u16)>,
 }
 
@@ -255,7 +287,15 @@ impl Owner {
 
     /// What the workers of each device are to share, and who gets what of it.
     fn shares(&self) -> Vec<DeviceShares> {
-        let mut by_device: BTreeMap<&str, Vec<(&String, Claim)>> = BTreeMap::new();
+        let mut by_device: BTreeMap<&str, Vec<(&str, Claim)>> = BTreeMap::new();
+        if self.tools.models.is_busy() {
+            let claim = Claim {
+                worker: FETCHER,
+                most: 1000,
+                active: true,
+            };
+            by_device.insert(CPU_DEVICE, vec![("", claim)]);
+        }
         for (name, work) in &self.work {
             let Some(job) = self.jobs.get(name) else { continue };
             let (Some(worker), Some(effective), true) = (job.worker, &work.effective, work.link.is_some())
@@ -280,7 +320,7 @@ impl Owner {
             divided.sort_by_key(|(_, share)| *share);
             let named = divided.into_iter().filter_map(|(worker, share)| {
                 let (name, _) = claims.iter().find(|(_, c)| c.worker == worker)?;
-                Some((worker, (*name).clone(), share))
+                Some((worker, (*name).to_owned(), share))
             });
             shares.push(DeviceShares {
                 device: device.to_owned(),
@@ -292,10 +332,19 @@ impl Owner {
     }
 
     fn shares_moved(&self) -> bool {
-        self.shares()
-            .iter()
-            .flat_map(|device| &device.workers)
-            .any(|(_, name, share)| self.work.get(name).is_some_and(|w| w.wanted != *share))
+        let shares = self.shares();
+        let mut all = shares.iter().flat_map(|device| &device.workers);
+        let fetching = all.clone().find(|(worker, ..)| *worker == FETCHER);
+        fetching.map_or(0, |(_, _, share)| *share) != self.fetching
+            || all.any(|(_, name, share)| self.work.get(name).is_some_and(|w| w.wanted != *share))
+    }
+
+    /// The child that fetches and hashes is held like a worker; it wants `wanted` and gets `share`.
+    fn grant_fetcher(&mut self, wanted: u16, share: u16) {
+        self.fetching = wanted;
+        if let Some(node) = self.ceiling() {
+            self.tools.models.behave(manners(&node.ceiling, share));
+        }
     }
 
     /// Fence and share to every worker, for as long as the lease is held.
@@ -309,6 +358,7 @@ impl Owner {
             return;
         };
         let expires_at = now.saturating_add(SHARE_NANOS);
+        let mut fetcher = (0, 0);
         for DeviceShares {
             device,
             ceiling,
@@ -316,11 +366,15 @@ impl Owner {
         } in self.shares()
         {
             // One that stands still behind its fence acts on nothing.
-            shares.retain(|(_, name, _)| self.jobs.get(name).is_some_and(|j| !j.fenced || j.confirmed));
+            let acts = |name: &String| self.jobs.get(name).is_some_and(|j| !j.fenced || j.confirmed);
+            shares.retain(|(worker, name, _)| *worker == FETCHER || acts(name));
             let wanted: Vec<(WorkerId, u16)> = shares.iter().map(|(w, _, share)| (*w, *share)).collect();
             let out = self.out.entry(device).or_default();
             let issued = out.issue(now, expires_at, ceiling, &wanted);
-            for ((_, name, wanted), (_, share)) in shares.iter().zip(issued) {
+            for ((_, name, wanted), (worker, share)) in shares.iter().zip(issued) {
+                if worker == FETCHER {
+                    fetcher = (*wanted, share);
+                }
                 let Some(work) = self.work.get_mut(name) else {
                     continue;
                 };
@@ -335,6 +389,14 @@ impl Owner {
                 (work.share, work.wanted) = (share, *wanted);
             }
         }
+        let (wanted, share) = fetcher;
+        if wanted == 0
+            && let Some(out) = self.out.get_mut(CPU_DEVICE)
+        {
+            // It has nothing left to use a share for: nobody waits for what it was granted to run out.
+            out.ended(FETCHER);
+        }
+        self.grant_fetcher(wanted, share);
     }
 }
 
@@ -342,11 +404,7 @@ fn worker_limits(limits: &Limits, generation: u64, max_batch: u16, threads: u16)
     WorkerLimits {
         generation,
         niceness: limits.niceness.0,
-        io: match limits.io_class {
-            IoClass::None => IoPriority::None,
-            IoClass::BestEffort => IoPriority::BestEffort(limits.io_level),
-            IoClass::Idle => IoPriority::Idle,
-        },
+        io: io_priority(limits),
         max_batch,
         request_interval: nanos(limits.request_interval),
         threads,

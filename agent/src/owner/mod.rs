@@ -15,6 +15,8 @@ mod work;
 mod workers;
 mod yielding;
 
+pub(crate) use limits::first_manners;
+
 use crate::api::Calls;
 use crate::clock::Host;
 use crate::config::Config;
@@ -127,6 +129,8 @@ pub(crate) struct Owner {
     last_start: BTreeMap<String, Nanos>,
     wake: Option<Nanos>,
     granted_at: Nanos,
+    /// Share of the CPU device that the fetching child has, in permille.
+    fetching: u16,
     /// Nice value that the pool was last told to rank its session with.
     ranked: Option<i8>,
     watched_at: Nanos,
@@ -173,6 +177,7 @@ impl Owner {
             last_start: BTreeMap::new(),
             wake: None,
             granted_at: 0,
+            fetching: 0,
             ranked: None,
             watched_at: 0,
             told_at: 0,

@@ -29,6 +29,10 @@ pub(crate) struct Target {
     pub(crate) reserve_bytes: u64,
 }
 
+/// Bytes of a download that may lie in the page cache before they are on the disk: as many as make a disk busy, too few
+/// to push out what others have cached.
+const UNSYNCED: u64 = 32 << 20;
+
 /// Removes the partial file unless it was renamed.
 struct Cleanup<'a>(&'a Path);
 
@@ -60,6 +64,7 @@ pub(crate) fn write<B: AsRef<[u8]>>(
     let cleanup = Cleanup(&target.partial);
     let mut hasher = sha2::Sha256::new();
     let mut bytes = 0_u64;
+    let mut synced = 0_u64;
     loop {
         let piece = match pieces.blocking_recv() {
             Some(Piece::Data(piece)) => piece,
@@ -77,6 +82,12 @@ pub(crate) fn write<B: AsRef<[u8]>>(
         file.write_all(piece)
             .map_err(|source| disk_error(source, directory, target, bytes))?;
         hasher.update(piece);
+        if bytes.saturating_sub(synced) >= UNSYNCED {
+            file.sync_data()
+                .map_err(|source| disk_error(source, directory, target, bytes))?;
+            advise(&file, 0, None, Advice::DontNeed);
+            synced = bytes;
+        }
         progress(bytes, target.announced);
     }
     let actual = Sha256::finish(hasher);

@@ -11,6 +11,7 @@ use futures::future::BoxFuture;
 use gogrid_agent::event::{Event, Hub};
 use gogrid_agent::link::Link;
 use gogrid_agent::models::{ModelSource, Obtained};
+use gogrid_agent_core::fetch::Manners;
 use gogrid_agent_core::protocol::{FromPool, ToPool, WorkerId, decode};
 use gogrid_api::assignment::{ModelFacts, ModelOrder};
 use gogrid_api::job::Failure;
@@ -327,4 +328,11 @@ impl ModelSource for SimulatedModels {
             Ok(facts)
         })
     }
+
+    /// Fetching takes nothing of a modelled machine.
+    fn is_busy(&self) -> bool {
+        false
+    }
+
+    fn behave(&self, _manners: Manners) {}
 }
