@@ -37,6 +37,9 @@ pub struct Flags {
     /// The gogrid-worker program; when given, the agent starts the pool itself, else it waits for one.
     #[arg(long)]
     worker_binary: Option<PathBuf>,
+    /// Cgroup at the top of the node's tree whose cpu.idle is 1; workers are moved there and give way to everything else.
+    #[arg(long)]
+    idle_cgroup: Option<PathBuf>,
     /// User id of an external pool.
     #[arg(long, default_value_t = 65_532)]
     pool_uid: u32,
@@ -98,6 +101,8 @@ pub struct Config {
     pub socket: PathBuf,
     /// Program of the pool, if the agent starts it.
     pub worker_binary: Option<PathBuf>,
+    /// Idle cgroup for workers, if the node offers one.
+    pub idle_cgroup: Option<PathBuf>,
     /// User id of the pool.
     pub pool_uid: u32,
     /// Exceptions from the ban on private addresses.
@@ -167,6 +172,7 @@ impl TryFrom<Flags> for Config {
             state_dir,
             socket,
             worker_binary,
+            idle_cgroup,
             pool_uid,
             allow_address,
             lease_duration_seconds,
@@ -192,7 +198,8 @@ impl TryFrom<Flags> for Config {
             return Err(ConfigError::NodeName);
         }
         let roots = model_root.iter().map(|p| ("model-root", p));
-        for (flag, path) in roots.chain([("state-dir", &state_dir)]) {
+        let group = idle_cgroup.iter().map(|p| ("idle-cgroup", p));
+        for (flag, path) in roots.chain(group).chain([("state-dir", &state_dir)]) {
             if !path.is_absolute() {
                 return Err(ConfigError::Relative {
                     flag,
@@ -207,6 +214,7 @@ impl TryFrom<Flags> for Config {
             socket: socket.unwrap_or_else(|| state_dir.join("agent.sock")),
             state_dir,
             worker_binary,
+            idle_cgroup,
             pool_uid,
             allow: allow_address,
             timing: LeaseTiming::from_lease(Millis(lease_duration_seconds.saturating_mul(1000)))?,

@@ -25,6 +25,8 @@ pub struct Greeting {
     pub nonce: String,
     /// User it runs as, by the kernel's word.
     pub user: u32,
+    /// Whether it was moved to the idle cgroup.
+    pub idle: bool,
 }
 
 /// A write's outcome: the new resourceVersion, or an error and whether the object is gone.

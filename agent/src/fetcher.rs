@@ -5,6 +5,7 @@
 
 use crate::fetch::Flags;
 use crate::frames::{self, Receiver};
+use crate::idle::IdleGroup;
 use crate::sys;
 use gogrid_agent_core::fetch::{FromFetcher, Manners, ToFetcher};
 use gogrid_api::job::Failure;
@@ -69,10 +70,11 @@ impl State {
 }
 
 impl Fetcher {
-    /// Starts the thread; the child comes with the first request.
+    /// Starts the thread; the child comes with the first request, and is moved to `idle` where there is one.
     pub(crate) fn start(
         flags: Flags,
         manners: Manners,
+        idle: Option<IdleGroup>,
         count: impl Fn(u64) + Send + Sync + 'static,
     ) -> io::Result<Self> {
         let shared = Arc::new(Shared {
@@ -93,7 +95,7 @@ impl Fetcher {
             .spawn(move || {
                 loop {
                     keeper.until_wanted();
-                    if let Err(error) = keeper.run(&flags) {
+                    if let Err(error) = keeper.run(&flags, idle.as_ref()) {
                         tracing::error!(%error, "the fetching child could not be started");
                     }
                     keeper.fail_all();
@@ -150,7 +152,7 @@ impl Fetcher {
     }
 
     /// One child's life.
-    fn run(&self, flags: &Flags) -> io::Result<()> {
+    fn run(&self, flags: &Flags, idle: Option<&IdleGroup>) -> io::Result<()> {
         let (ours, theirs) = UnixStream::pair()?;
         let mut command = Command::new("/proc/self/exe");
         command.arg0("gogrid-agent").arg("fetch").args(arguments(flags));
@@ -158,6 +160,10 @@ impl Fetcher {
         let mut child = sys::spawn_bound(&mut command)?;
         // This end's copy of theirs went with the command; without it the end of the child is the end of the socket.
         drop(command);
+        let pid = i32::try_from(child.id()).map_err(io::Error::other)?;
+        if let Some(Err(error)) = idle.map(|group| group.take(pid)) {
+            tracing::error!(%error, "could not move the fetching child to the idle cgroup");
+        }
         let mut receiver = Receiver::new(ours.try_clone()?);
         {
             let mut state = self.state();

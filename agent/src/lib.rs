@@ -12,6 +12,7 @@ mod fetch;
 mod fetcher;
 mod frames;
 mod header;
+mod idle;
 pub mod kube_client;
 mod lease;
 pub mod link;

@@ -5,6 +5,7 @@
 
 use crate::clock::{Host as _, Machine};
 use crate::event::{Event, Greeting, Hub};
+use crate::idle::IdleGroup;
 use crate::pressure::PoolProcess;
 use gogrid_agent_core::protocol::{
     FrameError, FromPool, FromWorker, Hello, PROTOCOL_VERSION, Role, ToPool, ToWorker, WorkerId, body_length,
@@ -131,8 +132,14 @@ pub(crate) fn bind(path: &Path, shared: bool) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
-/// Accepts peers for ever.
-pub(crate) async fn listen(listener: UnixListener, hub: Hub, allowed: Vec<u32>, pool: PoolProcess) {
+/// Accepts peers for ever. Workers are moved to `idle`, where there is one, before anybody hears of them.
+pub(crate) async fn listen(
+    listener: UnixListener,
+    hub: Hub,
+    allowed: Vec<u32>,
+    pool: PoolProcess,
+    idle: Option<IdleGroup>,
+) {
     let peers = Arc::new(AtomicU32::new(0));
     loop {
         let stream = match listener.accept().await {
@@ -149,9 +156,9 @@ pub(crate) async fn listen(listener: UnixListener, hub: Hub, allowed: Vec<u32>, 
             continue;
         }
         let (hub, allowed, peers) = (hub.clone(), allowed.clone(), Arc::clone(&peers));
-        let pool = pool.clone();
+        let (pool, idle) = (pool.clone(), idle.clone());
         tokio::spawn(async move {
-            if let Err(error) = serve(stream, &hub, &allowed, &pool).await {
+            if let Err(error) = serve(stream, &hub, &allowed, &pool, idle).await {
                 tracing::warn!(%error, "peer cut off");
             }
             peers.fetch_sub(1, Ordering::Relaxed);
@@ -159,7 +166,13 @@ pub(crate) async fn listen(listener: UnixListener, hub: Hub, allowed: Vec<u32>, 
     }
 }
 
-async fn serve(stream: UnixStream, hub: &Hub, allowed: &[u32], pool: &PoolProcess) -> Result<(), LinkError> {
+async fn serve(
+    stream: UnixStream,
+    hub: &Hub,
+    allowed: &[u32],
+    pool: &PoolProcess,
+    idle: Option<IdleGroup>,
+) -> Result<(), LinkError> {
     let peer = stream.peer_cred()?;
     let user = peer.uid();
     if !allowed.contains(&user) {
@@ -184,8 +197,17 @@ async fn serve(stream: UnixStream, hub: &Hub, allowed: &[u32], pool: &PoolProces
         }
         Role::Worker { worker, nonce } => {
             let (reply, answer) = oneshot::channel();
+            let idle = match idle {
+                Some(group) => enter(group, peer.pid()).await,
+                None => false,
+            };
             hub.send(Event::WorkerHello {
-                greeting: Greeting { worker, nonce, user },
+                greeting: Greeting {
+                    worker,
+                    nonce,
+                    user,
+                    idle,
+                },
                 link,
                 reply,
             })
@@ -207,6 +229,23 @@ async fn serve(stream: UnixStream, hub: &Hub, allowed: &[u32], pool: &PoolProces
             Ok(())
         }
         other => other,
+    }
+}
+
+/// Whether the peer is in the idle group now; where it is not, other means must rank it.
+async fn enter(group: IdleGroup, pid: Option<i32>) -> bool {
+    // 0: it lives where its processes can't be seen; a cgroup would take that for the one who writes.
+    let Some(pid) = pid.filter(|pid| *pid > 0) else {
+        tracing::warn!("a worker can't be seen from here: it is not moved to the idle cgroup");
+        return false;
+    };
+    let entered = tokio::task::spawn_blocking(move || group.take(pid)).await;
+    match entered.unwrap_or_else(|error| Err(io::Error::other(error))) {
+        Ok(()) => true,
+        Err(error) => {
+            tracing::error!(%error, pid, "could not move a worker to the idle cgroup");
+            false
+        }
     }
 }
 

@@ -30,6 +30,7 @@ impl Agent {
             hub,
             allowed,
             PoolProcess::default(),
+            None,
         ));
         Self { dir, events }
     }

@@ -8,6 +8,7 @@ use crate::event::{Event, Hub};
 use crate::fetch;
 use crate::fetcher::Fetcher;
 use crate::header::{self, Answer};
+use crate::idle::IdleGroup;
 use crate::metrics::Metrics;
 use futures::future::BoxFuture;
 use gogrid_agent_core::fetch::Manners;
@@ -148,6 +149,7 @@ impl Models {
         config: &Config,
         api_servers: Vec<IpAddr>,
         manners: Manners,
+        idle: Option<IdleGroup>,
         metrics: Arc<Metrics>,
     ) -> Result<Self, ModelsError> {
         AddressPolicy::new(&config.allow, api_servers.clone())?;
@@ -160,7 +162,7 @@ impl Models {
         let bytes = metrics.model_bytes.clone();
         Ok(Self {
             roots: Roots::new(config.roots.clone())?,
-            fetcher: Fetcher::start(flags, manners, move |more| bytes.inc_by(more))?,
+            fetcher: Fetcher::start(flags, manners, idle, move |more| bytes.inc_by(more))?,
             children: Arc::new(Semaphore::new(2)),
             downloads: Arc::new(Semaphore::new(2)),
             metrics,

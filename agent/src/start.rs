@@ -6,6 +6,7 @@
 use crate::clock::{Host, Machine};
 use crate::config::Config;
 use crate::event::{Event, Hub};
+use crate::idle::IdleGroup;
 use crate::metrics::{self, Metrics};
 use crate::{Agent, End, devices, kube_client, link, models, owner, pressure, previous, spawner};
 use gogrid_agent_core::driver::watch::Timing;
@@ -68,8 +69,10 @@ pub async fn run(config: Config) -> Result<(End, std::fs::File), StartError> {
     tokio::spawn(metrics::serve(server, Arc::clone(&metrics)));
 
     let (clients, api_servers) = kube_client::connect(&config).await.step("the API server")?;
+    let idle = config.idle_cgroup.as_deref().map(IdleGroup::open).transpose();
+    let idle = idle.step("the idle cgroup")?;
     let manners = owner::first_manners().step("the conservative profile")?;
-    let models = models::Models::open(&config, api_servers, manners, Arc::clone(&metrics))
+    let models = models::Models::open(&config, api_servers, manners, idle.clone(), Arc::clone(&metrics))
         .step("the models' source")?;
     let (hub, events) = Hub::new();
 
@@ -78,7 +81,7 @@ pub async fn run(config: Config) -> Result<(End, std::fs::File), StartError> {
     let listener = link::bind(&config.socket, external).step("the socket")?;
     let pool = pressure::PoolProcess::default();
     let users = vec![own, config.pool_uid];
-    tokio::spawn(link::listen(listener, hub.clone(), users, pool.clone()));
+    tokio::spawn(link::listen(listener, hub.clone(), users, pool.clone(), idle));
     tokio::spawn(pressure::sense(Arc::clone(&host), pool, hub.clone()));
     let processes = config
         .worker_binary

@@ -364,7 +364,12 @@ impl Owner {
     }
 
     fn worker_hello(&mut self, greeting: Greeting, link: Link, now: Nanos) -> bool {
-        let Greeting { worker, nonce, user } = greeting;
+        let Greeting {
+            worker,
+            nonce,
+            user,
+            idle,
+        } = greeting;
         let Some(name) = self.workers.get(&worker).cloned() else {
             return false;
         };
@@ -383,6 +388,7 @@ impl Owner {
         work.nonce = None;
         work.heard_at = now;
         work.link = Some(link);
+        work.idle = idle;
         self.enter(&name, Phase::Connected, now);
         self.push_limits();
         true

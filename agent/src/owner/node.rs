@@ -176,13 +176,15 @@ impl Owner {
         let Some(effective) = self.ceiling() else {
             return vec![];
         };
-        let readbacks: Vec<&Readback> = self
+        let live: Vec<(&Readback, bool)> = self
             .work
             .values()
             .filter(|w| w.link.is_some())
-            .filter_map(|w| w.applied.as_ref())
+            .filter_map(|w| Some((w.applied.as_ref()?, w.idle)))
             .collect();
-        let ranked = ranked_by(&readbacks);
+        let readbacks: Vec<&Readback> = live.iter().map(|(readback, _)| *readback).collect();
+        let idle = !live.is_empty() && live.iter().all(|(_, idle)| *idle);
+        let ranked = ranked_by(&readbacks, idle);
         let cap = self.ledger.cap(CPU_DEVICE);
         let mut rows = rows(&effective.ceiling, cap, &readbacks, &ranked);
         rows.extend(self.share_rows(CPU_DEVICE, &effective.ceiling, "billed by CPU time"));
@@ -243,7 +245,10 @@ fn rows(limits: &Limits, cap: Bytes, readbacks: &[&Readback], ranked: &str) -> V
 }
 
 /// What ranks the workers behind others: nice values of threads count only inside one autogroup or cgroup.
-fn ranked_by(readbacks: &[&Readback]) -> String {
+fn ranked_by(readbacks: &[&Readback], idle: bool) -> String {
+    if idle {
+        return "cgroup: idle at the top".to_owned();
+    }
     match readbacks.iter().map(|r| r.autogroup).min() {
         Some(Some(nice)) => format!("thread, autogroup at {nice}"),
         Some(None) => "thread: ranks inside the workers' cgroup only".to_owned(),

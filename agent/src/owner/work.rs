@@ -42,6 +42,8 @@ pub(crate) struct Work {
     pub(crate) applied: Option<Readback>,
     /// Nice value that its worker had from its start, where that is kinder than was asked: no new one would be less so.
     pub(crate) kindest: Option<i8>,
+    /// Whether its worker was moved to the idle cgroup.
+    pub(crate) idle: bool,
     /// Share last granted, in permille.
     pub(crate) share: u16,
     /// Share that it was to get; others' grants that are still out may have left less.
@@ -107,6 +109,7 @@ impl Work {
             told: 0,
             applied: None,
             kindest: None,
+            idle: false,
             share: 0,
             wanted: 0,
             yielding: None,

@@ -112,6 +112,7 @@ impl Worker {
             worker,
             nonce,
             user: place.user,
+            idle: false,
         };
         place
             .hub
