@@ -3,6 +3,7 @@
 //! Owns: what more than one test needs: a real control plane, child processes that never outlive the test, and the one
 //! way of waiting. Must not: hold a rule of GoGrid itself; the programs under test have those.
 
+pub mod cgroups;
 pub mod chart;
 pub mod cluster;
 pub mod confinement;
@@ -18,6 +19,7 @@ pub mod procfs;
 pub mod prometheus;
 pub mod rbac;
 pub mod server;
+pub mod share;
 pub mod sim;
 mod sys;
 pub mod values;
