@@ -38,6 +38,8 @@ soak: prepare controlplane build $(CARGO_AUDITABLE) ## What takes real time: lea
 	@GOGRID_TEST_LEASE_SECONDS=40 cargo test --workspace --features $(FEATURES) --no-fail-fast --test idle --test crashes -- --test-threads=1 --nocapture --skip killed_before_or_after
 	$(call say,the modelled store against the real API server: 10 000 operations)
 	@GOGRID_STORE_OPERATIONS=10000 cargo test --workspace --features $(FEATURES) --test store_model -- --nocapture
+	$(call say,shares in long windows - 200 edits of a profile in ten minutes - 10 GB pulled beside a cached file)
+	@GOGRID_SOAK=1 cargo test --workspace --features $(FEATURES) --no-fail-fast --test share --test edits --test page_cache -- --test-threads=1 --nocapture
 	$(call say,simulated clusters: 10 000 schedules)
 	@cargo run --release -p gogrid-tests --bin sim -- --seeds 10000
 	$(call say,images built in two folders - half an hour)
