@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 
 lanes=(
   "nodes idle"
-  "bad_input chart chart_values confinement controlplane crd_rules jobs store_model"
+  "bad_input chart chart_values confinement controlplane crd_rules jobs life store_model"
 )
 
 alone=()

@@ -25,6 +25,9 @@ pub struct Flags {
     /// GoGrid's own namespace.
     #[arg(long, env = "POD_NAMESPACE", default_value = "gogrid-system")]
     namespace: String,
+    /// Which install this is: the cluster belongs to one, and no agent of another begins; default the namespace.
+    #[arg(long)]
+    release: Option<String>,
     /// Directory beneath which `file:` models may lie; may be repeated.
     #[arg(long)]
     model_root: Vec<PathBuf>,
@@ -84,6 +87,10 @@ pub struct Flags {
     #[cfg(feature = "faults")]
     #[arg(long, hide = true, default_value_t = 1000)]
     driver_second_millis: u64,
+    /// The version that this program takes itself for.
+    #[cfg(feature = "faults")]
+    #[arg(long, hide = true, default_value = env!("CARGO_PKG_VERSION"))]
+    reported_version: String,
 }
 
 /// The agent's settings, checked.
@@ -93,6 +100,10 @@ pub struct Config {
     pub node: String,
     /// GoGrid's own namespace.
     pub namespace: String,
+    /// Which install this is.
+    pub release: String,
+    /// What this program's version goes by.
+    pub version: String,
     /// Directories beneath which `file:` models may lie.
     pub roots: Vec<PathBuf>,
     /// Directory for what outlives the process.
@@ -168,6 +179,7 @@ impl TryFrom<Flags> for Config {
         let Flags {
             node_name,
             namespace,
+            release,
             model_root,
             state_dir,
             socket,
@@ -191,9 +203,12 @@ impl TryFrom<Flags> for Config {
             cuda_on_cpu,
             #[cfg(feature = "faults")]
             driver_second_millis,
+            #[cfg(feature = "faults")]
+                reported_version: version,
         } = flags;
         #[cfg(not(feature = "faults"))]
-        let (cuda_on_cpu, driver_second_millis) = (false, 1000_u64);
+        let (cuda_on_cpu, driver_second_millis, version) =
+            (false, 1000_u64, env!("CARGO_PKG_VERSION").to_owned());
         if node_name.is_empty() || node_name.len() > 253 {
             return Err(ConfigError::NodeName);
         }
@@ -209,6 +224,8 @@ impl TryFrom<Flags> for Config {
         }
         Ok(Self {
             node: node_name,
+            release: release.unwrap_or_else(|| namespace.clone()),
+            version,
             namespace,
             roots: model_root,
             socket: socket.unwrap_or_else(|| state_dir.join("agent.sock")),

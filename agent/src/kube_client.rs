@@ -4,6 +4,7 @@
 //! without a read timeout can wedge for ever; so kube's defaults for both are off. Must not know what is sent.
 
 use crate::config::Config;
+use crate::token;
 use kube::Client;
 use kube::client::ClientBuilder;
 use std::net::IpAddr;
@@ -38,7 +39,13 @@ pub struct Clients {
 
 /// Clients of the API server that the environment names, and its addresses.
 pub(crate) async fn connect(config: &Config) -> Result<(Clients, Vec<IpAddr>), kube::Error> {
-    let base = kube::Config::infer().await.map_err(kube::Error::InferConfig)?;
+    let mut base = kube::Config::infer().await.map_err(kube::Error::InferConfig)?;
+    let token = base
+        .auth_info
+        .token_file
+        .take()
+        .map(|path| token::from_file(path.into()));
+    let token = tower::util::option_layer(token);
     let host = base
         .cluster_url
         .host()
@@ -52,7 +59,7 @@ pub(crate) async fn connect(config: &Config) -> Result<(Clients, Vec<IpAddr>), k
         config.read_timeout = Some(read);
         config.write_timeout = Some(read.min(CALL));
         config.connect_timeout = Some(connect);
-        ClientBuilder::try_from(config)
+        ClientBuilder::try_from(config).map(|client| client.with_layer(&token))
     };
     let api = client(CALL, Duration::from_secs(5))?;
     let lease = client(attempt, attempt)?;

@@ -20,12 +20,14 @@ pub mod link;
 mod link_tests;
 pub mod metrics;
 pub mod models;
+mod owned;
 mod owner;
 mod pressure;
 mod previous;
 mod spawner;
 mod start;
 mod sys;
+mod token;
 mod watch;
 
 pub use devices::nvml::child as probe_nvml;

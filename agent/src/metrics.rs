@@ -13,8 +13,8 @@ use prometheus::{
     CounterVec, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
     Registry, TextEncoder,
 };
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::net::TcpListener;
 
@@ -86,6 +86,7 @@ pub struct Metrics {
     loop_at: AtomicU64,
     attempt_at: AtomicU64,
     good_at: AtomicU64,
+    hindrance: Mutex<Option<String>>,
     timing: LeaseTiming,
 }
 
@@ -243,6 +244,7 @@ impl Metrics {
             loop_at: AtomicU64::new(host.boottime()),
             attempt_at: AtomicU64::new(host.boottime()),
             good_at: AtomicU64::new(0),
+            hindrance: Mutex::default(),
             timing,
             host,
         };
@@ -265,6 +267,7 @@ impl Metrics {
             registry: _,
             loop_at: _,
             attempt_at: _,
+            hindrance: _,
             good_at: _,
             timing: _,
             build,
@@ -401,35 +404,57 @@ impl Metrics {
             .inc();
     }
 
-    /// Alive: the loop turns and renewals are tried. An API server that is away is no reason to be restarted: that
+    /// What keeps the agent from beginning, if anything does.
+    pub(crate) fn set_hindrance(&self, why: Option<String>) {
+        if why.is_none() {
+            self.looped();
+            self.attempt_at.store(self.host.boottime(), Ordering::Relaxed);
+        }
+        *self.hindrance.lock().unwrap_or_else(PoisonError::into_inner) = why;
+    }
+
+    fn hindrance(&self) -> Option<String> {
+        self.hindrance
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// Alive: it waits to begin, or the loop turns and renewals are tried. An API server that is away is no reason to be restarted: that
     /// would turn a pause of the workers into their end.
-    fn healthy(&self) -> Result<(), &'static str> {
+    fn healthy(&self) -> Result<(), String> {
+        if self.hindrance().is_some() {
+            return Ok(());
+        }
         let now = self.host.boottime();
         let lease = self.timing.lease().0.saturating_mul(1_000_000);
         if now.saturating_sub(self.loop_at.load(Ordering::Relaxed)) > LOOP_LIMIT {
-            Err("the main loop stands still")
+            Err("the main loop stands still".to_owned())
         } else if now.saturating_sub(self.attempt_at.load(Ordering::Relaxed)) > lease {
-            Err("no renewal of the lease was tried for a whole lease")
+            Err("no renewal of the lease was tried for a whole lease".to_owned())
         } else {
             Ok(())
         }
     }
 
-    fn ready(&self) -> Result<(), &'static str> {
+    fn ready(&self) -> Result<(), String> {
+        if let Some(why) = self.hindrance() {
+            return Err(why);
+        }
         self.healthy()?;
         let good = self.good_at.load(Ordering::Relaxed);
         let fence = self.timing.fence_after().0.saturating_mul(1_000_000);
         if good > 0 && self.host.boottime() < good.saturating_add(fence) {
             Ok(())
         } else {
-            Err("the lease is not held")
+            Err("the lease is not held".to_owned())
         }
     }
 }
 
-fn probe(result: Result<(), &'static str>) -> (StatusCode, &'static str) {
+fn probe(result: Result<(), String>) -> (StatusCode, String) {
     match result {
-        Ok(()) => (StatusCode::OK, "ok"),
+        Ok(()) => (StatusCode::OK, "ok".to_owned()),
         Err(why) => (StatusCode::SERVICE_UNAVAILABLE, why),
     }
 }

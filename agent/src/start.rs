@@ -8,7 +8,7 @@ use crate::config::Config;
 use crate::event::{Event, Hub};
 use crate::idle::IdleGroup;
 use crate::metrics::{self, Metrics};
-use crate::{Agent, End, devices, kube_client, link, models, owner, pressure, previous, spawner};
+use crate::{Agent, End, devices, kube_client, link, models, owned, owner, pressure, previous, spawner};
 use gogrid_agent_core::driver::watch::Timing;
 use gogrid_agent_core::session::Session;
 use std::error::Error;
@@ -69,6 +69,10 @@ pub async fn run(config: Config) -> Result<(End, std::fs::File), StartError> {
     tokio::spawn(metrics::serve(server, Arc::clone(&metrics)));
 
     let (clients, api_servers) = kube_client::connect(&config).await.step("the API server")?;
+    let ours = owned::until_ours(clients.watch.clone(), &config.release, &metrics).await;
+    if !ours.step("signals")? {
+        return Ok((End::Told, lock));
+    }
     let idle = config.idle_cgroup.as_deref().map(IdleGroup::open).transpose();
     let idle = idle.step("the idle cgroup")?;
     let manners = owner::first_manners().step("the conservative profile")?;

@@ -19,6 +19,7 @@ pub mod profile;
 pub mod quantity;
 mod schema;
 pub mod timing;
+pub mod version;
 
 pub use assignment::{Assignment, AssignmentSpec, AssignmentStatus};
 pub use condition::{Condition, ConditionStatus};

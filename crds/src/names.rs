@@ -13,6 +13,8 @@ pub const MANAGER: &str = "gogrid.dev/operator";
 pub const LEADER_LEASE: &str = "gogrid-leader";
 /// Namespace of the leader Lease, whatever the namespace of the release.
 pub const LEADER_NAMESPACE: &str = "kube-system";
+/// Annotation on the leader Lease: the install that the cluster belongs to. No other one leads or reports nodes.
+pub const RELEASE_ANNOTATION: &str = "gogrid.dev/release";
 /// Label on everything made for one job: the job's uid.
 pub const JOB_UID_LABEL: &str = "gogrid.dev/job-uid";
 /// Label on everything made for one assignment: its name.

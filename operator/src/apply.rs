@@ -4,7 +4,7 @@
 //! operation comes next, nor try one again; the next round does.
 
 use crate::clock::Host;
-use crate::events;
+use crate::events::{self, Told};
 use crate::inputs;
 use crate::observe::{LeaseInfo, lease_info};
 use crate::publish;
@@ -113,6 +113,21 @@ impl StepError {
             StepError::NotSilent(_) => "NotSilent",
             StepError::Present(_) => "Present",
             StepError::MovedOn => "MovedOn",
+        }
+    }
+}
+
+impl StepError {
+    /// What the API server has against the step, where trying again won't help by itself.
+    pub(crate) fn objection(&self) -> Option<&str> {
+        match self {
+            StepError::Refused(error) => match &**error {
+                kube::Error::Api(status) if matches!(status.code, 400 | 403 | 413 | 422) => {
+                    Some(&status.message)
+                }
+                _ => None,
+            },
+            _ => None,
         }
     }
 }
@@ -234,24 +249,23 @@ impl Executor {
             .jobs(job)
             .patch_status(&job.name_any(), &apply_params(), &Patch::Apply(&patch))
             .await?;
-        let api: Api<Event> = Api::namespaced(self.client.clone(), &job.namespace().unwrap_or_default());
         for told in told {
-            // An event that can't be told (a namespace on its way out) must not hold the job up.
-            if let Err(error) = api
-                .create(
-                    &post_params(),
-                    &events::object(job, &told, &self.reporter, self.host.wall()),
-                )
-                .await
-            {
-                tracing::warn!(
-                    error = crate::error_text(&error),
-                    reason = told.reason,
-                    "an event was not told"
-                );
-            }
+            self.tell(job, &told).await;
         }
         Ok(Fact::Job(Box::new(written)))
+    }
+
+    /// Tells an Event about a job. One that can't be told (a namespace on its way out) must not hold the job up.
+    pub(crate) async fn tell(&self, job: &InferenceJob, told: &Told) {
+        let api: Api<Event> = Api::namespaced(self.client.clone(), &job.namespace().unwrap_or_default());
+        let event = events::object(job, told, &self.reporter, self.host.wall());
+        if let Err(error) = api.create(&post_params(), &event).await {
+            tracing::warn!(
+                error = crate::error_text(&error),
+                reason = told.reason,
+                "an event was not told"
+            );
+        }
     }
 
     async fn ensure_silent(&self, lease: &str, mark: Option<&str>) -> Result<Fact, StepError> {

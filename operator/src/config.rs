@@ -32,9 +32,15 @@ pub struct Flags {
     /// Directory beneath which nodes hold `file:` models; repeat for several; none = agents alone decide.
     #[arg(long = "model-root")]
     model_roots: Vec<String>,
-    /// Name of this process among operators; the process makes it unique.
+    /// Which install this is: the cluster belongs to one, and no other leads; default the namespace.
+    #[arg(long)]
+    release: Option<String>,
+    /// Name of this process among operators, which is its pod's; the process makes it unique.
     #[arg(long, env = "POD_NAME", default_value = "gogrid-operator")]
     identity: String,
+    /// Uid of its pod, for events about it.
+    #[arg(long, env = "POD_UID")]
+    pod_uid: Option<String>,
     /// Form of log lines.
     #[arg(long, value_enum, default_value = "json")]
     log_format: LogFormat,
@@ -45,6 +51,19 @@ pub struct Flags {
     #[cfg(feature = "faults")]
     #[arg(long = "fault", hide = true)]
     faults: Vec<gogrid_faults::Fault>,
+    /// The version that this program takes itself for.
+    #[cfg(feature = "faults")]
+    #[arg(long, hide = true, default_value = env!("CARGO_PKG_VERSION"))]
+    reported_version: String,
+}
+
+/// The pod that this process runs in.
+#[derive(Clone, Debug, Default)]
+pub struct Pod {
+    /// Its name.
+    pub name: String,
+    /// Its uid, where that is known.
+    pub uid: Option<String>,
 }
 
 /// Layers of the fence that simulations take away, one at a time, to show what each is for. No flag does.
@@ -76,8 +95,14 @@ pub struct Config {
     pub metrics_addr: SocketAddr,
     /// Directories beneath which nodes hold `file:` models.
     pub model_roots: Vec<String>,
+    /// Which install this is.
+    pub release: String,
+    /// What this program's version goes by.
+    pub version: String,
     /// This process among operators, unique.
     pub holder: String,
+    /// The pod it runs in.
+    pub pod: Pod,
     /// Form of log lines.
     pub log_format: LogFormat,
     /// Jobs worked on at the same time.
@@ -123,7 +148,13 @@ impl Flags {
         if self.concurrency == 0 {
             return Err(ConfigError::Concurrency);
         }
+        #[cfg(feature = "faults")]
+        let version = self.reported_version;
+        #[cfg(not(feature = "faults"))]
+        let version = env!("CARGO_PKG_VERSION").to_owned();
         Ok(Config {
+            release: self.release.unwrap_or_else(|| self.namespace.clone()),
+            version,
             namespace: self.namespace,
             timing: LeaseTiming::from_lease(Millis(self.lease_duration_seconds.saturating_mul(1000)))?,
             metrics_addr: self.metrics_addr,
@@ -133,6 +164,10 @@ impl Flags {
                 .map(|r| r.trim_end_matches('/').to_owned())
                 .collect(),
             holder: format!("{}_{unique}", self.identity),
+            pod: Pod {
+                name: self.identity,
+                uid: self.pod_uid,
+            },
             log_format: self.log_format,
             concurrency: self.concurrency.into(),
             layers: Layers::default(),

@@ -2,6 +2,7 @@
 //!
 //! Owns: which change of a status is told as an Event. Must not: tell anything twice; an unchanged status says nothing.
 
+use crate::config::Pod;
 use gogrid_api::condition::{find, is_true};
 use gogrid_api::job::conditions;
 use gogrid_api::{ConditionStatus, InferenceJob, InferenceJobStatus, names};
@@ -9,8 +10,8 @@ use k8s_openapi::api::core::v1::ObjectReference;
 use k8s_openapi::api::events::v1::Event;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use k8s_openapi::jiff::Timestamp;
+use kube::Resource as _;
 use kube::api::ObjectMeta;
-use kube::{Resource as _, ResourceExt as _};
 
 /// One thing to tell.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -133,25 +134,50 @@ pub(crate) fn between(old: Option<&InferenceJobStatus>, new: &InferenceJobStatus
 
 /// The object to create for it.
 pub(crate) fn object(job: &InferenceJob, told: &Told, reporter: &str, now: Timestamp) -> Event {
+    let regarding = ObjectReference {
+        resource_version: None,
+        ..job.object_ref(&())
+    };
+    about(regarding, "Reconcile", told, reporter, now)
+}
+
+/// The object to create where the operator in that pod refuses to lead.
+pub(crate) fn refusal(namespace: &str, pod: &Pod, why: &str, reporter: &str, now: Timestamp) -> Event {
+    let regarding = ObjectReference {
+        api_version: Some("v1".into()),
+        kind: Some("Pod".into()),
+        namespace: Some(namespace.to_owned()),
+        name: Some(pod.name.clone()),
+        uid: pod.uid.clone(),
+        ..ObjectReference::default()
+    };
+    let told = Told {
+        warning: true,
+        reason: "LeadershipRefused".into(),
+        note: why.to_owned(),
+    };
+    about(regarding, "Lead", &told, reporter, now)
+}
+
+fn about(regarding: ObjectReference, action: &str, told: &Told, reporter: &str, now: Timestamp) -> Event {
+    let name: String = regarding
+        .name
+        .iter()
+        .flat_map(|name| name.chars().take(200))
+        .collect();
     Event {
         metadata: ObjectMeta {
             // A trailing dash is the only ending that the server takes for a prefix.
-            generate_name: Some(format!(
-                "{}-",
-                job.name_any().chars().take(200).collect::<String>()
-            )),
-            namespace: job.namespace(),
+            generate_name: Some(format!("{name}-")),
+            namespace: regarding.namespace.clone(),
             ..ObjectMeta::default()
         },
         event_time: Some(MicroTime(now)),
-        action: Some("Reconcile".into()),
+        action: Some(action.to_owned()),
         reason: Some(told.reason.clone()),
         note: Some(told.note.chars().take(1000).collect()),
         type_: Some(if told.warning { "Warning" } else { "Normal" }.into()),
-        regarding: Some(ObjectReference {
-            resource_version: None,
-            ..job.object_ref(&())
-        }),
+        regarding: Some(regarding),
         reporting_controller: Some("gogrid.dev/operator".into()),
         reporting_instance: Some(reporter.chars().take(128).collect()),
         ..Event::default()

@@ -88,9 +88,11 @@ fn mutates(method: &Method) -> bool {
     !matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS)
 }
 
-/// Leases are how leadership is won, self-reviews and dry runs change nothing.
+/// Leases are how leadership is won, self-reviews and dry runs change nothing, and Events only tell: also why a process
+/// does not lead.
 fn exempt(path: &str, query: &str) -> bool {
     path.starts_with("/apis/coordination.k8s.io/")
+        || path.starts_with("/apis/events.k8s.io/")
         || path.contains("/selfsubject")
         || query.contains("dryRun=All")
 }
@@ -145,7 +147,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_leases_reviews_and_dry_runs_pass_a_closed_gate() {
+    fn only_leases_reviews_dry_runs_and_events_pass_a_closed_gate() {
         assert!(exempt(
             "/apis/coordination.k8s.io/v1/namespaces/kube-system/leases/gogrid-leader",
             ""
@@ -154,6 +156,7 @@ mod tests {
             "/apis/gogrid.dev/v1alpha1/namespaces/a/inferencejobs/b/status",
             "dryRun=All"
         ));
+        assert!(exempt("/apis/events.k8s.io/v1/namespaces/a/events", ""));
         assert!(!exempt(
             "/apis/gogrid.dev/v1alpha1/namespaces/a/inferencejobs/b/status",
             ""

@@ -1,19 +1,24 @@
 //! Who may write.
 //!
 //! Owns: winning, renewing and releasing the leader Lease by compare-and-swap, judged by changes this process saw on
-//! its own monotonic clock. Must not: trust a timestamp in the Lease, or lead on CRDs without fence rules.
+//! its own monotonic clock; saying why this process never will. Must not: trust a timestamp in the Lease, or lead on older
+//! CRDs or in a cluster that belongs to another install.
 
 use crate::apply::post_params;
 use crate::clock::{Host, within};
+use crate::config::Pod;
+use crate::events;
 use crate::gate::Leadership;
 use crate::metrics::Metrics;
 use crate::probe::{self, ProbeError};
-use gogrid_api::names::{LEADER_LEASE, LEADER_NAMESPACE};
+use gogrid_api::names::{LEADER_LEASE, LEADER_NAMESPACE, RELEASE_ANNOTATION};
 use gogrid_api::{LeaseTiming, Millis};
 use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
+use k8s_openapi::api::events::v1::Event;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use kube::api::{Api, ObjectMeta};
 use kube::{Client, ResourceExt as _};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
@@ -49,9 +54,23 @@ enum LeaderError {
     /// No answer in time.
     #[error("the leader lease was not answered in time")]
     Timeout,
-    /// The CRDs don't fence.
+    /// The CRDs are not this version's.
     #[error("leading is refused")]
     Probe(#[from] ProbeError),
+    /// Another install has the cluster.
+    #[error(
+        "leading is refused: this is install {ours}, and the cluster belongs to {theirs} (last leader {holder}), by annotation \
+         {RELEASE_ANNOTATION} of Lease {LEADER_NAMESPACE}/{LEADER_LEASE}: uninstall this one; or, if that one is gone for good: \
+         kubectl -n {LEADER_NAMESPACE} annotate lease {LEADER_LEASE} {RELEASE_ANNOTATION}-"
+    )]
+    OtherInstall {
+        /// This one.
+        ours: String,
+        /// The other one.
+        theirs: String,
+        /// Who led there.
+        holder: String,
+    },
 }
 
 impl LeaderError {
@@ -60,6 +79,16 @@ impl LeaderError {
             LeaderError::Api(_) => "Api",
             LeaderError::Timeout => "Timeout",
             LeaderError::Probe(_) => "Probe",
+            LeaderError::OtherInstall { .. } => "OtherInstall",
+        }
+    }
+
+    /// Whether this process won't lead until someone has done something about it.
+    fn stands(&self) -> bool {
+        match self {
+            LeaderError::Api(_) | LeaderError::Timeout => false,
+            LeaderError::Probe(error) => error.stands(),
+            LeaderError::OtherInstall { .. } => true,
         }
     }
 }
@@ -69,6 +98,11 @@ pub(crate) struct Election {
     pub(crate) host: Arc<dyn Host>,
     pub(crate) client: Client,
     pub(crate) holder: String,
+    /// Which install this is.
+    pub(crate) release: String,
+    /// Where events about this pod go.
+    pub(crate) namespace: String,
+    pub(crate) pod: Pod,
     pub(crate) timing: LeaseTiming,
     pub(crate) leadership: Arc<Leadership>,
     pub(crate) metrics: Arc<Metrics>,
@@ -84,15 +118,24 @@ impl Election {
         while !*stop.borrow() {
             let outcome = self.turn(&api, &mut seen, &mut probed).await;
             match &outcome {
-                Ok(()) => last_error = None,
+                Ok(()) => {
+                    last_error = None;
+                    self.metrics.set_refusal(None);
+                }
                 Err(error) => {
                     self.metrics
                         .errors
                         .with_label_values(&["leader", error.variant()])
                         .inc();
                     let text = crate::error_text(error);
+                    if error.stands() {
+                        self.metrics.set_refusal(Some(text.clone()));
+                    }
                     if last_error.as_ref() != Some(&text) {
                         tracing::error!(error = text, "no leadership");
+                        if error.stands() {
+                            self.tell(&text).await;
+                        }
                         last_error = Some(text);
                     }
                 }
@@ -126,10 +169,11 @@ impl Election {
         seen: &mut Option<(String, Millis)>,
         probed: &mut bool,
     ) -> Result<(), LeaderError> {
+        // Also by who only waits: a release whose pods could never lead must not replace one that does.
+        self.probe(probed).await?;
         let found = self.call(api.get_opt(LEADER_LEASE)).await?;
         let now = self.host.mono();
         let Some(lease) = found else {
-            self.probe(probed).await?;
             let sent = self.host.mono();
             let new = self.written(None);
             let made = self.call(api.create(&post_params(), &new)).await?;
@@ -143,6 +187,15 @@ impl Election {
         };
         *seen = Some((mark, since));
         let holder = lease.spec.as_ref().and_then(|s| s.holder_identity.as_deref());
+        let theirs = lease.annotations().get(RELEASE_ANNOTATION);
+        if let Some(theirs) = theirs.filter(|theirs| **theirs != self.release) {
+            self.leadership.drop_now();
+            return Err(LeaderError::OtherInstall {
+                ours: self.release.clone(),
+                theirs: theirs.clone(),
+                holder: holder.unwrap_or("none").to_owned(),
+            });
+        }
         match act(
             holder,
             &self.holder,
@@ -154,7 +207,6 @@ impl Election {
                 Ok(())
             }
             Act::Renew | Act::Take => {
-                self.probe(probed).await?;
                 let sent = self.host.mono();
                 let new = self.written(Some(&lease));
                 let made = self.call(api.replace(LEADER_LEASE, &post_params(), &new)).await?;
@@ -167,12 +219,21 @@ impl Election {
 
     async fn probe(&self, probed: &mut bool) -> Result<(), LeaderError> {
         if !*probed {
-            let outcome = probe::fence_rules(&self.client).await;
+            let outcome = probe::crds(&self.client).await;
             self.metrics.refused.set(i64::from(outcome.is_err()));
             outcome?;
             *probed = true;
         }
         Ok(())
+    }
+
+    /// An Event about this pod: that is where people look who see it unready.
+    async fn tell(&self, why: &str) {
+        let api: Api<Event> = Api::namespaced(self.client.clone(), &self.namespace);
+        let event = events::refusal(&self.namespace, &self.pod, why, &self.holder, self.host.wall());
+        if let Err(error) = self.call(api.create(&post_params(), &event)).await {
+            tracing::warn!(error = crate::error_text(&error), "an event was not told");
+        }
     }
 
     /// Writing is allowed until three quarters of the lease, counted from before it was asked for.
@@ -192,6 +253,10 @@ impl Election {
             metadata: ObjectMeta {
                 name: Some(LEADER_LEASE.into()),
                 namespace: Some(LEADER_NAMESPACE.into()),
+                annotations: Some(BTreeMap::from([(
+                    RELEASE_ANNOTATION.into(),
+                    self.release.clone(),
+                )])),
                 resource_version: old.and_then(kube::ResourceExt::resource_version),
                 ..ObjectMeta::default()
             },

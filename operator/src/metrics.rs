@@ -13,8 +13,8 @@ use prometheus::{
 };
 use std::future::Future;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Buckets of API work and planning, in seconds.
 const BUCKETS: [f64; 8] = [0.0005, 0.002, 0.01, 0.05, 0.2, 1.0, 5.0, 30.0];
@@ -61,6 +61,7 @@ pub struct Metrics {
     /// Whether leading is refused because of the CRDs.
     pub(crate) refused: IntGauge,
     ready: AtomicBool,
+    refusal: Mutex<Option<String>>,
 }
 
 fn counters(name: &str, help: &str, labels: &[&str]) -> Result<IntCounterVec, prometheus::Error> {
@@ -162,6 +163,7 @@ impl Metrics {
                 "1 while this process refuses to lead because the CRDs are absent, older than it or can't be checked.",
             )?,
             ready: AtomicBool::new(false),
+            refusal: Mutex::default(),
         };
         new.build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         // There from the start, so that the first of a kind is seen as an increase.
@@ -180,6 +182,7 @@ impl Metrics {
         let Self {
             registry: _,
             ready: _,
+            refusal: _,
             build,
             round_seconds,
             work_seconds,
@@ -229,6 +232,20 @@ impl Metrics {
         self.ready.store(ready, Ordering::SeqCst);
     }
 
+    /// Why this process refuses to lead, if it does.
+    pub(crate) fn set_refusal(&self, why: Option<String>) {
+        *self.refusal.lock().unwrap_or_else(PoisonError::into_inner) = why;
+    }
+
+    /// What keeps this process from being ready.
+    fn hindrance(&self) -> Option<String> {
+        let refusal = self.refusal.lock().unwrap_or_else(PoisonError::into_inner);
+        let listed = self.ready.load(Ordering::SeqCst);
+        refusal
+            .clone()
+            .or_else(|| (!listed).then(|| "the first lists have not arrived".to_owned()))
+    }
+
     fn text(&self) -> Result<String, prometheus::Error> {
         let mut out = vec![];
         TextEncoder::new().encode(&self.registry.gather(), &mut out)?;
@@ -276,14 +293,10 @@ async fn metrics_text(State(metrics): State<Arc<Metrics>>) -> (StatusCode, Strin
     }
 }
 
-async fn readiness(State(metrics): State<Arc<Metrics>>) -> (StatusCode, &'static str) {
-    if metrics.ready.load(Ordering::SeqCst) {
-        (StatusCode::OK, "ok")
-    } else {
-        (
-            StatusCode::SERVICE_UNAVAILABLE,
-            "the first lists have not arrived",
-        )
+async fn readiness(State(metrics): State<Arc<Metrics>>) -> (StatusCode, String) {
+    match metrics.hindrance() {
+        None => (StatusCode::OK, "ok".to_owned()),
+        Some(why) => (StatusCode::SERVICE_UNAVAILABLE, why),
     }
 }
 

@@ -6,6 +6,7 @@
 use crate::apply::{Executor, Fact, StepError};
 use crate::clock::{Host, within};
 use crate::config::Config;
+use crate::events::Told;
 use crate::gate::Leadership;
 use crate::metrics::Metrics;
 use crate::observe::{Change, Observation};
@@ -391,6 +392,20 @@ impl Owner {
             _ => (250_u64 << memory.failures.min(7)).min(LONGEST_PAUSE),
         };
         memory.not_before = Millis(now.0 + pause);
+        if let Some(objection) = error.objection()
+            && memory.objection.as_deref() != Some(objection)
+            && let Some(job) = self.store.jobs.get(uid).cloned()
+        {
+            memory.objection = Some(objection.to_owned());
+            let told = Told {
+                warning: true,
+                reason: "StepRefused".into(),
+                note: format!("step {step} is refused and tried again: {objection}"),
+            };
+            let executor = self.executor.clone();
+            self.host
+                .spawn(Box::pin(async move { executor.tell(&job, &told).await }));
+        }
         self.failed(step, key, &error);
     }
 

@@ -1,21 +1,28 @@
-//! Whether the API server fences.
+//! Whether the API server fences, and stores all that this operator writes.
 //!
-//! Owns: the check, before leading, that the installed CRDs refuse what would break fencing: rules read from the CRDs,
-//! and where a job exists, a dry-run write that must be refused. Must not: write anything.
+//! Owns: the check, before leading, that the installed CRDs know every field of this version (an unknown one is dropped in
+//! silence) and refuse what would break fencing: rules read from the CRDs, and where a job exists, a dry-run write that must
+//! be refused. Must not: write anything.
 
 use gogrid_api::{InferenceJob, names};
-use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
+    CustomResourceDefinition, CustomResourceDefinitionVersion,
+};
 use kube::api::{Api, ListParams, Patch, PatchParams};
-use kube::{Client, CustomResourceExt as _, ResourceExt as _};
-use serde_json::json;
+use kube::{Client, ResourceExt as _};
+use serde_json::{Value, json};
 
-/// The CRDs don't fence, or that can't be found out.
+/// The CRDs are not this version's, or that can't be found out.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ProbeError {
-    /// A CRD is missing or can't be read.
-    #[error(
-        "CustomResourceDefinition {name} can't be read: install GoGrid's CRDs and let the operator get them"
-    )]
+    /// A CRD is not there.
+    #[error("CustomResourceDefinition {name} is not installed: {APPLY}")]
+    Missing {
+        /// Its name.
+        name: String,
+    },
+    /// A CRD can't be read.
+    #[error("CustomResourceDefinition {name} can't be read: let the operator get it")]
     Crd {
         /// Its name.
         name: String,
@@ -23,18 +30,16 @@ pub(crate) enum ProbeError {
         #[source]
         source: Box<kube::Error>,
     },
-    /// A CRD lacks a rule.
-    #[error("CustomResourceDefinition {name} lacks the rule {message:?}: apply the CRDs of this version")]
-    RuleMissing {
+    /// A CRD is older than this operator.
+    #[error("CustomResourceDefinition {name} is older than this operator: it lacks {what}; {APPLY}")]
+    Older {
         /// Its name.
         name: String,
-        /// What the rule says.
-        message: String,
+        /// A rule, a field or a value.
+        what: String,
     },
     /// The server took what it had to refuse.
-    #[error(
-        "the API server accepted a jump of status.epoch in a dry run on {job}: apply the CRDs of this version"
-    )]
+    #[error("the API server accepted a jump of status.epoch in a dry run on {job}: {APPLY}")]
     NotEnforced {
         /// The job.
         job: String,
@@ -44,50 +49,127 @@ pub(crate) enum ProbeError {
     DryRun(#[source] Box<kube::Error>),
 }
 
-/// Rules at the root of a CRD's served version: rule and message.
-fn root_rules(crd: &CustomResourceDefinition) -> Vec<(String, String)> {
-    let schemas = crd
-        .spec
+impl ProbeError {
+    /// Whether someone has to do something about it; else the API server only wasn't reached.
+    pub(crate) fn stands(&self) -> bool {
+        match self {
+            ProbeError::Missing { .. } | ProbeError::Older { .. } | ProbeError::NotEnforced { .. } => true,
+            ProbeError::Crd { source, .. } | ProbeError::DryRun(source) => {
+                matches!(&**source, kube::Error::Api(status) if status.code < 500 && status.code != 429)
+            }
+        }
+    }
+}
+
+/// What to do about CRDs of another version.
+const APPLY: &str = "apply the CRDs of this version (helm upgrade does, with crds.enabled: true; else helm template \
+                     --show-only templates/crds.yaml, piped into kubectl apply --server-side -f -)";
+
+/// The served version that this operator speaks.
+fn spoken(crd: &CustomResourceDefinition) -> Option<&CustomResourceDefinitionVersion> {
+    crd.spec
         .versions
         .iter()
-        .filter(|v| v.name == gogrid_api::VERSION)
-        .filter_map(|v| v.schema.as_ref());
-    let roots = schemas.filter_map(|s| s.open_api_v3_schema.as_ref());
-    roots
-        .flat_map(|root| root.x_kubernetes_validations.iter().flatten())
-        .map(|r| {
-            (
-                r.rule.split_whitespace().collect::<Vec<_>>().join(" "),
-                r.message.clone().unwrap_or_default(),
-            )
-        })
-        .collect()
+        .find(|v| v.name == gogrid_api::VERSION && v.served)
 }
 
-/// The first rule that `wanted` has and `installed` lacks.
-fn missing_rule(wanted: &CustomResourceDefinition, installed: &CustomResourceDefinition) -> Option<String> {
-    let there = root_rules(installed);
-    root_rules(wanted)
+fn schema(version: &CustomResourceDefinitionVersion) -> Value {
+    let root = version
+        .schema
+        .as_ref()
+        .and_then(|s| s.open_api_v3_schema.as_ref());
+    // A schema is made of nothing that JSON can't say.
+    serde_json::to_value(root).unwrap_or_default()
+}
+
+/// Rules at the root: rule and message.
+fn rules(schema: &Value) -> impl Iterator<Item = (String, &str)> {
+    let all = schema["x-kubernetes-validations"]
+        .as_array()
         .into_iter()
-        .find(|(rule, _)| !there.iter().any(|(r, _)| r == rule))
-        .map(|(_, message)| message)
+        .flatten();
+    all.map(|r| {
+        let rule = r["rule"].as_str().unwrap_or_default();
+        let message = r["message"].as_str().unwrap_or_default();
+        (rule.split_whitespace().collect::<Vec<_>>().join(" "), message)
+    })
 }
 
-/// Checks that the installed CRDs fence.
-pub(crate) async fn fence_rules(client: &Client) -> Result<(), ProbeError> {
-    let api: Api<CustomResourceDefinition> = Api::all(client.clone());
-    let fenced = [InferenceJob::crd_name(), gogrid_api::Assignment::crd_name()];
-    for wanted in gogrid_api::crds()
+/// The first field or value beneath `path` that `wanted` has and `installed` lacks.
+fn missing_field(wanted: &Value, installed: &Value, path: &str) -> Option<String> {
+    if installed["x-kubernetes-preserve-unknown-fields"] == true {
+        return None;
+    }
+    let values = |schema: &Value| schema["enum"].as_array().cloned().unwrap_or_default();
+    let known = values(installed);
+    if let Some(value) = values(wanted)
         .iter()
-        .filter(|c| fenced.contains(&c.name_any().as_str()))
+        .find(|v| !known.is_empty() && !known.contains(v))
     {
+        return Some(format!("the value {value} of {path}"));
+    }
+    for inner in ["items", "additionalProperties"] {
+        if wanted[inner].is_object()
+            && let Some(missing) = missing_field(&wanted[inner], &installed[inner], path)
+        {
+            return Some(missing);
+        }
+    }
+    let fields = wanted["properties"].as_object().into_iter().flatten();
+    fields.into_iter().find_map(|(name, wanted)| {
+        let path = if path.is_empty() {
+            name.clone()
+        } else {
+            format!("{path}.{name}")
+        };
+        match installed["properties"].get(name) {
+            None => Some(format!("the field {path}")),
+            Some(installed) => missing_field(wanted, installed, &path),
+        }
+    })
+}
+
+/// The first rule, field or value that `wanted` has and `installed` lacks.
+fn missing(wanted: &CustomResourceDefinition, installed: &CustomResourceDefinition) -> Option<String> {
+    let ours = spoken(wanted)?;
+    let Some(theirs) = spoken(installed) else {
+        return Some(format!("the version {}", gogrid_api::VERSION));
+    };
+    let (wanted, installed) = (schema(ours), schema(theirs));
+    let there: Vec<String> = rules(&installed).map(|(rule, _)| rule).collect();
+    let rule = rules(&wanted)
+        .find(|(rule, _)| !there.contains(rule))
+        .map(|(_, message)| format!("the rule {message:?}"));
+    let selectable = || {
+        let known = theirs.selectable_fields.iter().flatten();
+        let known: Vec<&str> = known.map(|f| f.json_path.as_str()).collect();
+        let wanted = ours.selectable_fields.iter().flatten();
+        wanted
+            .map(|f| f.json_path.as_str())
+            .find(|path| !known.contains(path))
+            .map(|path| format!("the selectable field {path}"))
+    };
+    rule.or_else(|| missing_field(&wanted, &installed, ""))
+        .or_else(selectable)
+}
+
+/// Checks that the installed CRDs are this version's or newer.
+pub(crate) async fn crds(client: &Client) -> Result<(), ProbeError> {
+    let api: Api<CustomResourceDefinition> = Api::all(client.clone());
+    for wanted in gogrid_api::crds() {
         let name = wanted.name_any();
-        let installed = api.get(&name).await.map_err(|e| ProbeError::Crd {
-            name: name.clone(),
-            source: Box::new(e),
-        })?;
-        if let Some(message) = missing_rule(wanted, &installed) {
-            return Err(ProbeError::RuleMissing { name, message });
+        let installed = match api.get_opt(&name).await {
+            Ok(Some(installed)) => installed,
+            Ok(None) => return Err(ProbeError::Missing { name }),
+            Err(e) => {
+                return Err(ProbeError::Crd {
+                    name,
+                    source: Box::new(e),
+                });
+            }
+        };
+        if let Some(what) = missing(&wanted, &installed) {
+            return Err(ProbeError::Older { name, what });
         }
     }
     dry_run(client).await
@@ -128,19 +210,57 @@ async fn dry_run(client: &Client) -> Result<(), ProbeError> {
 mod tests {
     use super::*;
 
+    fn altered(crd: &CustomResourceDefinition, alter: impl Fn(&mut Value)) -> CustomResourceDefinition {
+        let mut value = serde_json::to_value(crd).unwrap();
+        alter(&mut value["spec"]["versions"][0]);
+        serde_json::from_value(value).unwrap()
+    }
+
     #[test]
-    fn a_crd_that_lost_one_rule_is_found_out_by_that_rule() {
-        let [job, ..] = gogrid_api::crds();
-        assert_eq!(missing_rule(&job, &job), None);
-        let mut stripped = job.clone();
-        let root = stripped.spec.versions[0]
-            .schema
-            .as_mut()
-            .unwrap()
-            .open_api_v3_schema
-            .as_mut()
-            .unwrap();
-        let lost = root.x_kubernetes_validations.as_mut().unwrap().remove(0);
-        assert_eq!(missing_rule(&job, &stripped), lost.message);
+    fn a_crd_is_as_new_as_itself_and_as_one_that_knows_less() {
+        for crd in gogrid_api::crds() {
+            assert_eq!(missing(&crd, &crd), None);
+            let newer = altered(&crd, |v| {
+                v["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]["later"] =
+                    json!({"type": "string"});
+            });
+            assert_eq!(missing(&crd, &newer), None);
+            assert_eq!(missing(&newer, &crd).unwrap(), "the field spec.later");
+        }
+    }
+
+    #[test]
+    fn what_a_crd_lost_is_named_be_it_rule_field_value_selector_or_version() {
+        let [job, .., assignment, _] = gogrid_api::crds();
+        let lacks = |wanted: &CustomResourceDefinition, path: &str, gone: &str| {
+            let installed = altered(wanted, |v| {
+                let at = v.pointer_mut(path).unwrap();
+                match at {
+                    Value::Array(list) => drop(list.remove(0)),
+                    other => drop(other.as_object_mut().unwrap().remove(gone).unwrap()),
+                }
+            });
+            missing(wanted, &installed).unwrap()
+        };
+        let root = "/schema/openAPIV3Schema";
+        let at = |path: &str| format!("{root}{path}");
+        assert!(lacks(&job, &at("/x-kubernetes-validations"), "").starts_with("the rule \""));
+        assert_eq!(
+            lacks(&job, &at("/properties/status/properties"), "term"),
+            "the field status.term"
+        );
+        let stage = "/properties/spec/properties/stages/items/properties";
+        assert_eq!(
+            lacks(&assignment, &at(stage), "vram"),
+            "the field spec.stages.vram"
+        );
+        let state = lacks(&assignment, &at("/properties/status/properties/state/enum"), "");
+        assert_eq!(state, "the value \"Claimed\" of status.state");
+        assert_eq!(
+            lacks(&assignment, "", "selectableFields"),
+            "the selectable field .spec.nodeName"
+        );
+        let unserved = altered(&job, |v| v["served"] = json!(false));
+        assert_eq!(missing(&job, &unserved).unwrap(), "the version v1alpha1");
     }
 }

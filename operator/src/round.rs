@@ -31,6 +31,7 @@ pub(crate) struct Memory {
     pub(crate) refused: Option<(Refusal, Millis)>,
     pub(crate) published: Option<Publication>,
     pub(crate) failures: u32,
+    pub(crate) objection: Option<String>,
     pub(crate) not_before: Millis,
     pub(crate) written: Option<Millis>,
 }
@@ -83,7 +84,7 @@ impl<'a> Round<'a> {
             .iter()
             .filter_map(|(uid, claim)| Some((uid.clone(), claim.clone()?)))
             .collect();
-        let mut world = match self.store.world(self.now, &pending) {
+        let mut world = match self.store.world(self.now, &self.config.version, &pending) {
             Ok(world) => world,
             Err(error) => {
                 tracing::error!(
@@ -484,13 +485,12 @@ impl<'a> Round<'a> {
                     )
                 }
             };
-            let step = if claim.is_some() { "Place" } else { "Wait" };
             if !ops.is_empty() {
                 works.push(Work {
                     uid,
                     job: Some((*job).clone()),
                     only_if_gone: None,
-                    step,
+                    step: if claim.is_some() { "Place" } else { "Wait" },
                     ops,
                     claim,
                 });

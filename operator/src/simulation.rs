@@ -3,7 +3,7 @@
 //! Owns: a stand-in for the executor that keeps the store's own rules. Tests only.
 
 use crate::apply::Op;
-use crate::config::{Config, Layers, LogFormat};
+use crate::config::{Config, Layers, LogFormat, Pod};
 use crate::observe::{Change, LeaseInfo, NodeInfo, Observation};
 use crate::round::{Memory, Round, Work};
 use crate::store::Store;
@@ -42,7 +42,10 @@ impl Sim {
             timing: LeaseTiming::default(),
             metrics_addr: ([127, 0, 0, 1], 0).into(),
             model_roots: vec!["/models".into()],
+            version: "1.5.0".into(),
+            release: "gogrid-system".into(),
             holder: "me".into(),
+            pod: Pod::default(),
             log_format: LogFormat::Text,
             concurrency: 8,
             layers: Layers::default(),
@@ -93,7 +96,7 @@ impl Sim {
         let gpu_node: GpuNode = serde_json::from_value(json!({
             "apiVersion": "gogrid.dev/v1alpha1", "kind": "GpuNode", "metadata": {"name": name, "uid": name}, "spec": {"nodeName": name},
             "status": {
-                "session": session,
+                "session": session, "agentVersion": "1.5.0",
                 "devices": [{"uuid": "cpu", "name": "CPU", "backend": "CPU", "memoryTotal": "8Gi", "memoryReserved": "0",
                     "memoryForeign": "0", "memoryFree": "8Gi", "health": "Healthy"}],
                 "models": [{"uri": "file:/models/a.gguf", "bytes": 1_100_000, "facts": facts}],

@@ -9,6 +9,7 @@ use gogrid_api::assignment::{Kind, State};
 use gogrid_api::effective::NamedProfile;
 use gogrid_api::job::{Stage, conditions};
 use gogrid_api::node::Health;
+use gogrid_api::version::work_together;
 use gogrid_api::{
     Assignment, ByteQuantity, Bytes, ConditionStatus, GpuNode, InferenceJob, Millis, ResourceProfile,
     condition, names,
@@ -317,9 +318,15 @@ impl Store {
         claims.into_values().collect()
     }
 
-    /// The planner's world.
-    pub(crate) fn world(&self, now: Millis, pending: &BTreeMap<String, Claim>) -> Result<World, WorldError> {
-        let nodes = self.gpu_nodes.values().map(|g| self.node(now, g)).collect();
+    /// The planner's world, for an operator of that version.
+    pub(crate) fn world(
+        &self,
+        now: Millis,
+        version: &str,
+        pending: &BTreeMap<String, Claim>,
+    ) -> Result<World, WorldError> {
+        let nodes = self.gpu_nodes.values();
+        let nodes = nodes.map(|g| self.node(now, version, g)).collect();
         let mut world = World::new(nodes, self.named_profiles())?;
         for claim in self.claims(pending) {
             for stage in &claim.stages {
@@ -329,7 +336,7 @@ impl Store {
         Ok(world)
     }
 
-    fn node(&self, now: Millis, gpu_node: &GpuNode) -> Node {
+    fn node(&self, now: Millis, version: &str, gpu_node: &GpuNode) -> Node {
         let name = gpu_node.spec.node_name.clone();
         let (heartbeat, session) = self.heartbeat(now, &name);
         let session = session.unwrap_or_default();
@@ -353,6 +360,9 @@ impl Store {
             unschedulable: kube_node.is_some_and(|n| n.unschedulable),
             heartbeat,
             ready: !unready && kube_node.is_some() && status.session == session,
+            skew: work_together(version, &status.agent_version)
+                .err()
+                .map(|skew| skew.to_string()),
             session,
             devices: status.devices.iter().map(device).collect(),
             models: status.models.iter().map(|m| canonical(&m.uri)).collect(),

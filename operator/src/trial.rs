@@ -3,14 +3,16 @@
 //! Owns: telling what is wrong per node, and one real job from its creation to its checked answer. Must not: use any right
 //! that a user with the role `edit` in the namespace lacks, but for reading nodes.
 
+mod report;
+
 use clap::Args;
 use gogrid_api::names::RESULTS_KEY;
 use gogrid_api::{Condition, ConditionStatus, GpuNode, InferenceJob, condition};
-use k8s_openapi::api::core::v1::{ConfigMap, Node};
+use k8s_openapi::api::core::v1::{ConfigMap, Event, Node, Pod};
+use kube::Client;
 use kube::api::{Api, DeleteParams, ListParams, PostParams};
-use kube::{Client, ResourceExt as _};
+use report::Found;
 use serde_json::{Value, json};
-use std::fmt::Write as _;
 use std::time::Duration;
 
 /// Name of the trial's job and of its result.
@@ -85,18 +87,11 @@ fn api(doing: &'static str) -> impl Fn(kube::Error) -> TrialError {
 impl Trial {
     /// Prints what there is and what is wrong with it, runs the job, checks its answer and removes both.
     pub(crate) async fn run(&self, client: Client) -> Result<(), TrialError> {
-        let nodes = Api::<Node>::all(client.clone());
-        let gpu_nodes = Api::<GpuNode>::all(client.clone());
-        let all = ListParams::default();
-        let nodes = nodes.list(&all).await.map_err(api("listing nodes"))?.items;
-        let gpu_nodes = gpu_nodes.list(&all).await.map_err(api("listing gpunodes"))?.items;
-        print!("{}", report(&nodes, &gpu_nodes));
+        print!("{}", self.look(&client).await?.report());
         let jobs = Api::<InferenceJob>::namespaced(client.clone(), &self.namespace);
         let results = Api::<ConfigMap>::namespaced(client, &self.namespace);
         // Of a trial that was cut off.
         remove(&jobs, &results).await?;
-        let made = jobs.create(&PostParams::default(), &self.job()?).await;
-        made.map_err(api("creating the job"))?;
         let mut last = "it was never looked at".to_owned();
         let limit = Duration::from_secs(self.within_seconds);
         let outcome = tokio::time::timeout(limit, self.follow(&jobs, &results, &mut last)).await;
@@ -105,6 +100,24 @@ impl Trial {
             seconds: self.within_seconds,
             last,
         }))
+    }
+
+    async fn look(&self, client: &Client) -> Result<Found, TrialError> {
+        let nodes = Api::<Node>::all(client.clone());
+        let gpu_nodes = Api::<GpuNode>::all(client.clone());
+        let pods = Api::<Pod>::namespaced(client.clone(), &self.namespace);
+        let events = Api::<Event>::namespaced(client.clone(), &self.namespace);
+        let all = ListParams::default();
+        let ours = all
+            .clone()
+            .labels("app.kubernetes.io/component in (operator, agent)");
+        let warnings = all.clone().fields("type=Warning");
+        Ok(Found {
+            nodes: nodes.list(&all).await.map_err(api("listing nodes"))?.items,
+            gpu_nodes: gpu_nodes.list(&all).await.map_err(api("listing gpunodes"))?.items,
+            pods: pods.list(&ours).await.map_err(api("listing pods"))?.items,
+            warnings: events.list(&warnings).await.map_err(api("listing events"))?.items,
+        })
     }
 
     fn job(&self) -> Result<InferenceJob, serde_json::Error> {
@@ -129,6 +142,18 @@ impl Trial {
         results: &Api<ConfigMap>,
         last: &mut String,
     ) -> Result<(), TrialError> {
+        // Its deletion lasts until all that was made for it is gone.
+        while jobs
+            .get_opt(NAME)
+            .await
+            .map_err(api("looking for a former job"))?
+            .is_some()
+        {
+            "the job of a former trial is still being deleted".clone_into(last);
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+        let made = jobs.create(&PostParams::default(), &self.job()?).await;
+        made.map_err(api("creating the job"))?;
         loop {
             let job = jobs.get(NAME).await.map_err(api("reading the job"))?;
             let conditions = job.status.map(|s| s.conditions).unwrap_or_default();
@@ -198,82 +223,9 @@ fn answer(results: &str) -> String {
     text.and_then(Value::as_str).unwrap_or_default().trim().to_owned()
 }
 
-/// One line a node: its devices, or what is wrong.
-fn report(nodes: &[Node], gpu_nodes: &[GpuNode]) -> String {
-    let mut text = String::new();
-    for node in nodes {
-        let name = node.name_any();
-        let found = gpu_nodes.iter().find(|g| g.name_any() == name);
-        let line = found.map_or_else(
-            || "no agent: see agent.nodeSelector and agent.tolerations, and the agent's pod".to_owned(),
-            of_gpu_node,
-        );
-        // Writing to a String never fails.
-        let _ = writeln!(text, "node {name}: {line}");
-    }
-    if nodes.is_empty() {
-        text += "no nodes\n";
-    }
-    text
-}
-
-fn of_gpu_node(gpu_node: &GpuNode) -> String {
-    let status = gpu_node.status.clone().unwrap_or_default();
-    let wrong = status
-        .conditions
-        .iter()
-        .filter(|c| c.type_ == "Ready" && c.status != ConditionStatus::True)
-        .map(|c| format!("{}: {}", c.reason, c.message));
-    let devices = status.devices.iter().map(|d| {
-        let trouble = d.message.as_ref().map(|m| format!(" ({m})")).unwrap_or_default();
-        format!("{} {:?}{trouble}", d.name, d.health)
-    });
-    let all: Vec<String> = wrong.chain(devices).collect();
-    if all.is_empty() {
-        "its agent has not reported yet".to_owned()
-    } else {
-        all.join(", ")
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn read<T: serde::de::DeserializeOwned>(value: Value) -> T {
-        serde_json::from_value(value).unwrap()
-    }
-
-    #[test]
-    fn each_node_has_a_line_that_says_what_is_wrong_with_it() {
-        let node = |name: &str| read::<Node>(json!({"metadata": {"name": name}}));
-        let nodes = [node("bare"), node("good"), node("sick")];
-        let gpu_node = |name: &str, status: Value| {
-            read::<GpuNode>(json!({
-                "apiVersion": "gogrid.dev/v1alpha1", "kind": "GpuNode", "metadata": {"name": name},
-                "spec": {"nodeName": name}, "status": status,
-            }))
-        };
-        let device = json!({
-            "uuid": "cpu", "name": "EPYC", "backend": "CPU", "memoryTotal": "1Gi", "memoryReserved": "0", "memoryForeign": "0",
-            "memoryFree": "1Gi", "health": "Healthy",
-        });
-        let sick = json!({"session": "s", "conditions": [{
-            "type": "Ready", "status": "False", "reason": "NoPool", "message": "the pool is away", "observedGeneration": 1,
-            "lastTransitionTime": "2026-01-01T00:00:00Z",
-        }]});
-        let found = report(
-            &nodes,
-            &[
-                gpu_node("good", json!({"session": "s", "devices": [device]})),
-                gpu_node("sick", sick),
-            ],
-        );
-        let lines: Vec<&str> = found.lines().collect();
-        assert!(lines[0].starts_with("node bare: no agent"), "{found}");
-        assert_eq!(lines[1], "node good: EPYC Healthy");
-        assert_eq!(lines[2], "node sick: NoPool: the pool is away");
-    }
 
     #[test]
     fn the_answer_is_the_text_of_the_first_record() {

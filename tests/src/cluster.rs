@@ -20,6 +20,7 @@ use crate::chart;
 use crate::controlplane::ControlPlane;
 use crate::jobs;
 use crate::process::Process;
+use crate::prometheus;
 use crate::wait::eventually;
 
 /// GoGrid's own namespace in every test.
@@ -149,7 +150,7 @@ impl Cluster {
                 .await?;
             agent_kubeconfigs.insert(
                 node.clone(),
-                control.kubeconfig_for_token(&format!("agent-{node}"), &token)?,
+                control.kubeconfig_for_token_file(&format!("agent-{node}"), &token)?,
             );
         }
         Ok(Self {
@@ -165,12 +166,17 @@ impl Cluster {
 
     /// Starts an operator under the chart's service account, with these flags besides the usual ones.
     pub fn start_operator(&self, more: &[&str]) -> Result<Arc<Process>> {
+        self.start_operator_as("operator", more)
+    }
+
+    /// As [`Self::start_operator`], beside the one that is called `operator`.
+    pub fn start_operator_as(&self, name: &str, more: &[&str]) -> Result<Arc<Process>> {
         let mut command = Command::new(program("gogrid-operator")?);
         command.args([
             "--namespace",
             NAMESPACE,
             "--metrics-addr",
-            &self.metrics_flag("operator"),
+            &self.metrics_flag(name),
             "--log-format",
             "text",
         ]);
@@ -184,7 +190,7 @@ impl Cluster {
             .args(more)
             .env("KUBECONFIG", &self.operator_kubeconfig)
             .env("RUST_BACKTRACE", "1");
-        self.launch("operator", command)
+        self.launch(name, command)
     }
 
     /// Starts the agent of that node under the chart's service account, with the node's own token.
@@ -255,6 +261,17 @@ impl Cluster {
             .get(name)
             .cloned()
             .with_context(|| format!("no process {name}"))
+    }
+
+    /// What a program whose metrics have a fixed place says of its readiness: nothing while it is ready.
+    pub async fn hindrance(&self, name: &str) -> Result<Option<String>> {
+        let place = self
+            .options
+            .metrics
+            .get(name)
+            .with_context(|| format!("{name} has no place"))?;
+        let (status, body) = prometheus::answer(place.port(), "/readyz").await?;
+        Ok((status != 200).then_some(body))
     }
 
     fn metrics_flag(&self, name: &str) -> String {

@@ -146,8 +146,15 @@ impl Prometheus {
     }
 }
 
-/// The body of an HTTP answer from a program on this machine.
+/// The body of an HTTP answer from a program on this machine that is content.
 pub async fn get(port: u16, path: &str) -> Result<String> {
+    let (status, body) = answer(port, path).await?;
+    ensure!(status == 200, "{path}: {status} {body}");
+    Ok(body)
+}
+
+/// Status and body of an HTTP answer from a program on this machine.
+pub async fn answer(port: u16, path: &str) -> Result<(u16, String)> {
     let mut stream = tokio::net::TcpStream::connect(("127.0.0.1", port)).await?;
     // 1.0: the answer ends where the connection does.
     let request = format!("GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n");
@@ -155,6 +162,6 @@ pub async fn get(port: u16, path: &str) -> Result<String> {
     let mut answer = String::new();
     stream.read_to_string(&mut answer).await?;
     let (head, body) = answer.split_once("\r\n\r\n").context("no HTTP answer")?;
-    ensure!(head.contains(" 200 "), "{path}: {head}");
-    Ok(body.to_owned())
+    let status = head.split(' ').nth(1).context("no status")?.parse()?;
+    Ok((status, body.to_owned()))
 }

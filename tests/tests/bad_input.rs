@@ -16,7 +16,7 @@ use gogrid_tests::procfs;
 use gogrid_tests::wait::eventually;
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Node};
 use kube::ResourceExt as _;
-use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams};
+use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use serde_json::{Value, json};
 
 const LONG: Duration = Duration::from_secs(90);
@@ -489,15 +489,31 @@ fn a_namespace_deleted_with_running_jobs_is_gone_within_a_minute() -> Result<()>
         cluster.control.ensure_namespace("doomed").await?;
         let first = slow_running(&cluster, "doomed", "first").await?;
         let second = slow_running(&cluster, "doomed", "second").await?;
+        let maps: Api<ConfigMap> = Api::namespaced(cluster.client.clone(), "doomed");
+        let hold = json!({"metadata": {"name": "hold", "finalizers": ["gogrid.test/hold"]}});
+        maps.create(&PostParams::default(), &serde_json::from_value(hold)?)
+            .await?;
         let namespaces: Api<Namespace> = Api::all(cluster.client.clone());
         namespaces.delete("doomed", &DeleteParams::default()).await?;
+        nothing_left(&cluster, &first).await?;
+        nothing_left(&cluster, &second).await?;
+        let third = cluster
+            .create_job("doomed", "third", spec(&one_record(), "third")?)
+            .await;
+        let refused = format!(
+            "{:#}",
+            third
+                .err()
+                .context("a job was let into a namespace on its way out")?
+        );
+        ensure!(refused.contains("being terminated"), "{refused}");
+        let freed = Patch::Merge(json!({"metadata": {"finalizers": null}}));
+        maps.patch("hold", &PatchParams::default(), &freed).await?;
         eventually(Duration::from_secs(60), "the namespace to be gone", || async {
             ensure!(namespaces.get_opt("doomed").await?.is_none(), "still there");
             Ok(())
         })
-        .await?;
-        nothing_left(&cluster, &first).await?;
-        nothing_left(&cluster, &second).await
+        .await
     })
 }
 
@@ -535,7 +551,7 @@ fn a_malformed_stored_job_never_stops_the_others() -> Result<()> {
             "metadata": {"name": "malformed-stored"}, "spec": {"model": 7, "input": "none"}});
         eventually(LONG, "the loose schema to accept it", || async {
             let object = serde_json::from_value(malformed.clone())?;
-            raw.create(&kube::api::PostParams::default(), &object)
+            raw.create(&PostParams::default(), &object)
                 .await
                 .map_err(Into::into)
         })

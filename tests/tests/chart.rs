@@ -421,6 +421,29 @@ async fn uninstalling_keeps_the_jobs_and_installing_again_finds_them() {
     .unwrap();
     policies_have_no_warnings(&plane).await;
 
+    let second = async |more: &str| {
+        let install = [
+            "install",
+            "two",
+            &dir,
+            "--namespace",
+            "elsewhere",
+            "--create-namespace",
+        ];
+        plane.helm(&[&install, &[more][..]].concat()).await
+    };
+    // Before it has changed anything, whoever brings the CRDs: its policies would deny the first one's writes.
+    for crds in ["--set=crds.enabled=true", "--set=crds.enabled=false"] {
+        let refused = second(crds).await.unwrap_err().to_string();
+        assert!(
+            refused.contains("cannot be imported into the current release"),
+            "{refused}"
+        );
+    }
+    let operators = ["get", "deployments", "--all-namespaces", "--output", "name"];
+    let operators = plane.kubectl(&operators).await.unwrap();
+    assert_eq!(operators.trim(), "deployment.apps/gogrid-operator");
+
     helm(&["upgrade", "gogrid", &dir, "--set", "operator.replicas=1"]).await;
     helm(&["uninstall", "gogrid"]).await;
     let kept = plane
@@ -472,6 +495,12 @@ async fn uninstalling_keeps_the_jobs_and_installing_again_finds_them() {
             "OUTPUT"
         ]
     );
+
+    // The CRDs that stay belong to the release that made them, until another one is told to take them.
+    helm(&["uninstall", "gogrid"]).await;
+    let refused = second("--skip-crds").await.unwrap_err().to_string();
+    assert!(refused.contains("CustomResourceDefinition"), "{refused}");
+    second("--take-ownership").await.unwrap();
 }
 
 /// The controllers check the types in every expression; a warning there is a rule that fails when it is needed.

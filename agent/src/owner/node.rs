@@ -105,7 +105,7 @@ impl Owner {
         self.status = GpuNodeStatus {
             conditions,
             session: self.tools.session.clone(),
-            agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+            agent_version: self.tools.config.version.clone(),
             devices,
             enforcement,
             profiles: self.in_force.clone(),

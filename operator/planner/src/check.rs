@@ -51,6 +51,10 @@ fn check_place(world: &World, request: &JobRequest, planned: &Planned) -> Vec<Br
     must(node.ready, "the node is not ready".into());
     must(!node.unschedulable, "the node is cordoned".into());
     must(
+        node.skew.is_none(),
+        "the agent's version doesn't go with the operator's".into(),
+    );
+    must(
         planned.session == node.session && !node.session.is_empty(),
         "the session is not the node's".into(),
     );

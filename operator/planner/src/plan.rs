@@ -239,6 +239,15 @@ fn try_node(world: &World, index: usize, node: &Node, request: &JobRequest) -> N
     if let Some(reason) = filtered(node, request) {
         return NodeOutcome::Rejected(reason);
     }
+    if let Some(message) = &node.skew {
+        return NodeOutcome::Trouble(
+            NodeReason::VersionSkew,
+            Reason::VersionSkew {
+                node: node.name.clone(),
+                message: message.clone(),
+            },
+        );
+    }
     let effective = match effective_profile(world.profiles(), &node.labels, request.profile_name.as_deref()) {
         Ok(effective) => effective,
         Err(error @ (EffectiveProfileError::NotFound(_) | EffectiveProfileError::Invalid { .. })) => {

@@ -67,6 +67,13 @@ pub enum Reason {
         /// What is wrong with it.
         message: String,
     },
+    /// An agent's version doesn't go with the operator's.
+    VersionSkew {
+        /// Its node.
+        node: String,
+        /// Both versions.
+        message: String,
+    },
     /// The engine can't run the model.
     UnsupportedModel {
         /// What stands in the way.
@@ -125,6 +132,7 @@ impl Reason {
             Reason::ExceedsClusterVram { .. } => "ExceedsClusterVRAM",
             Reason::ProfileNotFound { .. } => "ProfileNotFound",
             Reason::ProfileInvalid { .. } => "ProfileInvalid",
+            Reason::VersionSkew { .. } => "VersionSkew",
             Reason::UnsupportedModel { .. } => "UnsupportedModel",
             Reason::InspectingModel { .. } => "InspectingModel",
             Reason::ModelRefused { word, .. } => word,
@@ -194,6 +202,9 @@ impl Reason {
             Reason::ProfileInvalid { message }
             | Reason::UnsupportedModel { message }
             | Reason::ModelRefused { message, .. } => message.clone(),
+            Reason::VersionSkew { node, message } => {
+                format!("node {node} gets no work: {message}; upgrade the older one")
+            }
             Reason::InspectingModel { node: Some(node) } => format!("node {node} reads the model's header"),
             Reason::InspectingModel { node: None } => "the model's header is about to be read".into(),
             Reason::StagingInput => "the input is being staged".into(),
@@ -223,6 +234,8 @@ pub enum NodeReason {
     NoDevice,
     /// Its profile can't be enforced.
     ProfileInvalid,
+    /// Its agent's version doesn't go with the operator's.
+    VersionSkew,
     /// The file is not there.
     ModelNotFound,
     /// Its agent is silent or not ready.
@@ -243,6 +256,7 @@ impl NodeReason {
             NodeReason::ExceedsCap => "ExceedsCap",
             NodeReason::NoDevice => "NoDevice",
             NodeReason::ProfileInvalid => "ProfileInvalid",
+            NodeReason::VersionSkew => "VersionSkew",
             NodeReason::ModelNotFound => "ModelNotFound",
             NodeReason::NodeNotReady => "NodeNotReady",
             NodeReason::Unschedulable => "Unschedulable",

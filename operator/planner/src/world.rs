@@ -79,6 +79,8 @@ pub struct Node {
     pub heartbeat: Heartbeat,
     /// Whether its agent calls itself ready.
     pub ready: bool,
+    /// Why its agent gets no work, where its version doesn't go with the operator's.
+    pub skew: Option<String>,
     /// Session of its agent, as in the Lease.
     pub session: String,
     /// Devices by index.

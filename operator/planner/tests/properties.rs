@@ -51,39 +51,43 @@ fn node() -> impl Strategy<Value = Node> {
         heartbeat,
         prop::collection::vec(device(), 0..4),
         any::<bool>(),
+        prop::bool::weighted(0.1),
     )
-        .prop_map(|(fast, taint, unschedulable, heartbeat, mut devices, model)| {
-            for (i, d) in devices.iter_mut().enumerate() {
-                d.uuid = format!("d{i}");
-            }
-            Node {
-                name: String::new(),
-                labels: if fast {
-                    BTreeMap::from([("disk".into(), "fast".into())])
-                } else {
-                    BTreeMap::new()
-                },
-                taints: taint
-                    .map(|effect| Taint {
-                        key: "team".into(),
-                        value: "ml".into(),
-                        effect,
-                    })
-                    .into_iter()
-                    .collect(),
-                unschedulable,
-                heartbeat,
-                ready: true,
-                session: "s".into(),
-                devices,
-                models: if model {
-                    BTreeSet::from(["file:/m".to_owned()])
-                } else {
-                    BTreeSet::new()
-                },
-                models_cut: false,
-            }
-        })
+        .prop_map(
+            |(fast, taint, unschedulable, heartbeat, mut devices, model, skewed)| {
+                for (i, d) in devices.iter_mut().enumerate() {
+                    d.uuid = format!("d{i}");
+                }
+                Node {
+                    name: String::new(),
+                    labels: if fast {
+                        BTreeMap::from([("disk".into(), "fast".into())])
+                    } else {
+                        BTreeMap::new()
+                    },
+                    taints: taint
+                        .map(|effect| Taint {
+                            key: "team".into(),
+                            value: "ml".into(),
+                            effect,
+                        })
+                        .into_iter()
+                        .collect(),
+                    unschedulable,
+                    heartbeat,
+                    ready: true,
+                    skew: skewed.then(|| "versions 3 and 1".into()),
+                    session: "s".into(),
+                    devices,
+                    models: if model {
+                        BTreeSet::from(["file:/m".to_owned()])
+                    } else {
+                        BTreeSet::new()
+                    },
+                    models_cut: false,
+                }
+            },
+        )
 }
 
 fn nodes() -> impl Strategy<Value = Vec<Node>> {

@@ -61,6 +61,7 @@ fn parse_node(name: &str, words: &[&str]) -> Node {
         unschedulable: false,
         heartbeat: Heartbeat::Fresh,
         ready: true,
+        skew: None,
         session: format!("boot/{name}"),
         devices: vec![],
         models: BTreeSet::new(),
@@ -90,6 +91,7 @@ fn parse_node(name: &str, words: &[&str]) -> Node {
             None if *word == "silent" => node.heartbeat = Heartbeat::Waiting,
             None if *word == "lost" => node.heartbeat = Heartbeat::Lost,
             None if *word == "unready" => node.ready = false,
+            None if *word == "skewed" => node.skew = Some("versions 3 and 1".into()),
             _ => panic!("node {name}: {word}"),
         }
     }

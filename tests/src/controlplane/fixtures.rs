@@ -86,8 +86,19 @@ impl ControlPlane {
     /// Makes the pod `<service_account>-<node>` bound to `node`, as a DaemonSet and the scheduler would, with its
     /// namespace and service account. Nothing runs in it.
     pub async fn create_agent_pod(&self, node: &str, namespace: &str, service_account: &str) -> Result<Pod> {
-        self.ensure_service_account(namespace, service_account).await?;
         let name = format!("{service_account}-{node}");
+        self.create_pod_on(node, namespace, service_account, &name).await
+    }
+
+    /// As [`Self::create_agent_pod`], under that name.
+    pub async fn create_pod_on(
+        &self,
+        node: &str,
+        namespace: &str,
+        service_account: &str,
+        name: &str,
+    ) -> Result<Pod> {
+        self.ensure_service_account(namespace, service_account).await?;
         let pod = serde_json::from_value(json!({
             "metadata": {"name": name, "labels": {"app.kubernetes.io/name": service_account}},
             "spec": {

@@ -157,19 +157,27 @@ impl Layout {
 
     /// The text of a kubeconfig for use on this machine.
     pub(super) fn kubeconfig(&self, token: &str) -> String {
-        self.kubeconfig_with(&self.url(), token)
+        self.kubeconfig_with(&self.url(), &serde_json::json!({"token": token}))
+    }
+
+    /// The same, with the token in a file.
+    pub(super) fn kubeconfig_for_file(&self, token: &Path) -> String {
+        self.kubeconfig_with(&self.url(), &serde_json::json!({"tokenFile": token}))
     }
 
     /// The same for a program that runs where the API server does.
     pub(super) fn inner_kubeconfig(&self, token: &str) -> String {
         match &self.network {
-            Some(network) => self.kubeconfig_with(&format!("https://{}", network.address), token),
+            Some(network) => {
+                let server = format!("https://{}", network.address);
+                self.kubeconfig_with(&server, &serde_json::json!({"token": token}))
+            }
             None => self.kubeconfig(token),
         }
     }
 
     /// JSON, which is YAML too, so that nothing needs quoting by hand.
-    fn kubeconfig_with(&self, server: &str, token: &str) -> String {
+    fn kubeconfig_with(&self, server: &str, user: &serde_json::Value) -> String {
         let mut cluster = serde_json::json!({"server": server, "certificate-authority": self.ca_file()});
         if self.network.is_some() {
             // Its certificate doesn't name the loopback address that leads to it.
@@ -179,7 +187,7 @@ impl Layout {
             "apiVersion": "v1",
             "kind": "Config",
             "clusters": [{"name": "test", "cluster": cluster}],
-            "users": [{"name": "user", "user": {"token": token}}],
+            "users": [{"name": "user", "user": user}],
             "contexts": [{"name": "test", "context": {"cluster": "test", "user": "user"}}],
             "current-context": "test",
         })

@@ -193,6 +193,25 @@ impl ControlPlane {
         Ok(path)
     }
 
+    /// As [`Self::kubeconfig_for_token`], with the token in a file of its own, [`Self::token_file`], as in a pod.
+    pub fn kubeconfig_for_token_file(&self, name: &str, token: &str) -> Result<PathBuf> {
+        self.replace_token(name, token)?;
+        let path = self.layout.dir.join(format!("{name}.kubeconfig"));
+        launch::write_private(&path, &self.layout.kubeconfig_for_file(&self.token_file(name)))?;
+        Ok(path)
+    }
+
+    fn token_file(&self, name: &str) -> PathBuf {
+        self.layout.dir.join(format!("{name}.token"))
+    }
+
+    /// Puts another token into that kubeconfig's file at once, as a kubelet does.
+    pub fn replace_token(&self, name: &str, token: &str) -> Result<()> {
+        let fresh = self.layout.dir.join(format!("{name}.token.next"));
+        launch::write_private(&fresh, token)?;
+        Ok(std::fs::rename(fresh, self.token_file(name))?)
+    }
+
     /// Freezes the API server: connections stay open and nothing answers, as behind a network that drops everything.
     pub fn pause_api_server(&self) -> Result<()> {
         self.with_api_server(|process| process.signal(Signal::STOP))

@@ -179,9 +179,9 @@ pub const GRANTS: &[Grant] = &[
         "apiextensions.k8s.io",
         "customresourcedefinitions",
         ["get"],
-        ("operator/src/probe.rs", "fence_rules"),
+        ("operator/src/probe.rs", "crds"),
         USED,
-        "refuses to lead on CRDs that don't fence"
+        "refuses to lead on CRDs that are older than it"
     ),
     grant!(
         "operator",
@@ -432,7 +432,7 @@ pub const GRANTS: &[Grant] = &[
         "",
         "nodes",
         ["list"],
-        ("operator/src/trial.rs", "run"),
+        ("operator/src/trial.rs", "look"),
         HELM_TEST,
         "says which nodes there are"
     ),
@@ -442,58 +442,48 @@ pub const GRANTS: &[Grant] = &[
         GOGRID,
         "gpunodes",
         ["list"],
-        ("operator/src/trial.rs", "run"),
+        ("operator/src/trial.rs", "look"),
         HELM_TEST,
         "says what each node has, or what is wrong with it"
     ),
     grant!(
         "trial",
         Own,
+        "",
+        "pods",
+        ["list"],
+        ("operator/src/trial.rs", "look"),
+        HELM_TEST,
+        "says why a node's agent is not ready"
+    ),
+    grant!(
+        "trial",
+        Own,
+        "",
+        "events",
+        ["list"],
+        ("operator/src/trial.rs", "look"),
+        HELM_TEST,
+        "says why a node has no agent"
+    ),
+    grant!(
+        "trial",
+        Own,
         GOGRID,
         "inferencejobs",
-        ["create"],
+        ["create", "get", "delete"],
         ("operator/src/trial.rs", "run"),
         HELM_TEST,
-        "runs one job"
-    ),
-    grant!(
-        "trial",
-        Own,
-        GOGRID,
-        "inferencejobs",
-        ["get"],
-        ("operator/src/trial.rs", "follow"),
-        HELM_TEST,
-        "follows that job"
-    ),
-    grant!(
-        "trial",
-        Own,
-        GOGRID,
-        "inferencejobs",
-        ["delete"],
-        ("operator/src/trial.rs", "remove"),
-        HELM_TEST,
-        "removes that job"
+        "runs one job, follows and removes it"
     ),
     grant!(
         "trial",
         Own,
         "",
         "configmaps",
-        ["get"],
-        ("operator/src/trial.rs", "follow"),
+        ["get", "delete"],
+        ("operator/src/trial.rs", "run"),
         HELM_TEST,
-        "reads that job's answer"
-    ),
-    grant!(
-        "trial",
-        Own,
-        "",
-        "configmaps",
-        ["delete"],
-        ("operator/src/trial.rs", "remove"),
-        HELM_TEST,
-        "removes that job's answer"
+        "reads and removes that job's answer"
     ),
 ];
