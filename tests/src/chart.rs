@@ -40,6 +40,29 @@ pub fn dir() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../charts/gogrid")
 }
 
+/// Copies the chart to `to` and returns its files there.
+pub fn copy(to: &Path) -> Result<Vec<PathBuf>> {
+    let mut files = vec![];
+    copy_folder(&dir(), to, &mut files)?;
+    files.sort();
+    Ok(files)
+}
+
+fn copy_folder(from: &Path, to: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
+    std::fs::create_dir_all(to)?;
+    for entry in std::fs::read_dir(from)? {
+        let entry = entry?;
+        let target = to.join(entry.file_name());
+        if entry.file_type()?.is_dir() {
+            copy_folder(&entry.path(), &target, files)?;
+        } else {
+            std::fs::copy(entry.path(), &target)?;
+            files.push(target);
+        }
+    }
+    Ok(())
+}
+
 /// `helm template` of the chart with `values`, for namespace `gogrid-system`.
 pub async fn render(values: &Value) -> Result<String> {
     render_as(RELEASE, "gogrid-system", values).await

@@ -3,6 +3,7 @@
 //! Owns: what more than one test needs: a real control plane, child processes that never outlive the test, and the one
 //! way of waiting. Must not: hold a rule of GoGrid itself; the programs under test have those.
 
+pub mod branches;
 pub mod cgroups;
 pub mod chart;
 pub mod cluster;

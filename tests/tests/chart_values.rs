@@ -11,6 +11,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use gogrid_reference::compare;
+use gogrid_tests::branches::Branches;
 use gogrid_tests::chart;
 use serde_json::{Value, json};
 
@@ -75,8 +76,23 @@ async fn all_hold(cases: Vec<Case>) {
 
 const POD: &str = "/spec/template/spec";
 
-#[tokio::test]
-async fn each_value_of_both_kinds_of_pods_ends_in_its_field() {
+/// Blocks over what is never empty: constants, files of the chart, and lists of which the schema wants one entry.
+const NEVER_LEFT: [&str; 12] = [
+    "NOTES.txt: range .Values.modelRoots",
+    "_helpers.tpl: range .",
+    "_helpers.tpl: range .Values.modelRoots",
+    "admission-writers.yaml: range $i, $g := .Values.admission.adminGroups",
+    "agent.yaml: range $i, $root := .Values.modelRoots",
+    "agent.yaml: with .root",
+    "crds.yaml: range $path, $_ := .Files.Glob \"files/crds/*.yaml\"",
+    "dashboards.yaml: range $path, $_ := .Files.Glob \"files/dashboards/*.json\"",
+    "networkpolicy.yaml: range .",
+    "networkpolicy.yaml: range .Values.networkPolicy.apiServerPorts",
+    "podmonitors.yaml: range $component := list \"operator\" \"agent\"",
+    "serviceaccounts.yaml: range $name := list (include \"gogrid.operator\" .) (include \"gogrid.agent\" .)",
+];
+
+fn cases_of_both_kinds_of_pods() -> Vec<Case> {
     let pods = |part: Value| json!({"operator": part, "agent": part});
     let mut cases = vec![];
     for (kind, name) in [("Deployment", "gogrid-operator"), ("DaemonSet", "gogrid-agent")] {
@@ -163,13 +179,22 @@ async fn each_value_of_both_kinds_of_pods_ends_in_its_field() {
             ),
         ]);
     }
-    all_hold(cases).await;
+    cases
+}
+
+#[tokio::test]
+async fn each_value_of_both_kinds_of_pods_ends_in_its_field() {
+    all_hold(cases_of_both_kinds_of_pods()).await;
+}
+
+fn with_arguments(part: &str) -> Value {
+    json!({"modelRoots": ["/m", "/n"], part: {"extraArgs": ["--last=1"]}})
 }
 
 #[tokio::test]
 async fn arguments_come_from_values_and_further_ones_come_last() {
     for (kind, part) in [("Deployment", "operator"), ("DaemonSet", "agent")] {
-        let values = json!({"modelRoots": ["/m", "/n"], part: {"extraArgs": ["--last=1"]}});
+        let values = with_arguments(part);
         let rendered = chart::rendered(&values).await.unwrap();
         let object = rendered.iter().find(|o| o["kind"] == kind).unwrap();
         let args: Vec<&str> = object
@@ -191,9 +216,8 @@ async fn arguments_come_from_values_and_further_ones_come_last() {
     }
 }
 
-#[tokio::test]
-async fn each_value_of_the_agents_alone_ends_in_its_field() {
-    all_hold(vec![
+fn cases_of_agents() -> Vec<Case> {
+    vec![
         absent(
             json!({}),
             "DaemonSet",
@@ -234,12 +258,15 @@ async fn each_value_of_the_agents_alone_ends_in_its_field() {
             "gogrid-agent",
             "/spec/template/spec/nodeSelector",
         ),
-    ])
-    .await;
+    ]
 }
 
 #[tokio::test]
-async fn a_flavour_has_nodes_runtime_and_workers_of_its_own_and_the_plain_agent_keeps_off_them() {
+async fn each_value_of_the_agents_alone_ends_in_its_field() {
+    all_hold(cases_of_agents()).await;
+}
+
+fn cases_of_flavours() -> Vec<Case> {
     let digest = format!("sha256:{}", "1".repeat(64));
     let flavour = |of: Value| json!({"workers": {"image": {"digest": digest.clone()}}, "agent": {"flavours": {"cuda": of}}});
     let full = flavour(json!({
@@ -249,7 +276,7 @@ async fn a_flavour_has_nodes_runtime_and_workers_of_its_own_and_the_plain_agent_
     let of = |pointer: &'static str, wanted: Value| {
         case(full.clone(), "DaemonSet", "gogrid-agent-cuda", pointer, wanted)
     };
-    all_hold(vec![
+    vec![
         of("/spec/template/spec/runtimeClassName", json!("nvidia")),
         of("/spec/template/spec/tolerations", json!([{"operator": "Exists"}])),
         of(
@@ -259,7 +286,10 @@ async fn a_flavour_has_nodes_runtime_and_workers_of_its_own_and_the_plain_agent_
         of("/spec/selector/matchLabels/gogrid.dev~1flavour", json!("cuda")),
         // Another repository has another digest: the plain one's would name no image there.
         of("/spec/template/spec/containers/1/image", json!("w/cuda:0.1.0")),
-        of("/spec/template/spec/containers/1/resources", json!({"limits": {"memory": "9Gi"}})),
+        of(
+            "/spec/template/spec/containers/1/resources",
+            json!({"limits": {"memory": "9Gi"}}),
+        ),
         of("/spec/template/spec/serviceAccountName", json!("gogrid-agent")),
         case(
             full.clone(),
@@ -297,9 +327,11 @@ async fn a_flavour_has_nodes_runtime_and_workers_of_its_own_and_the_plain_agent_
             json!("8Gi"),
         ),
         absent(json!({}), "DaemonSet", "gogrid-agent-cuda", ""),
-    ])
-    .await;
-    for (values, said) in [
+    ]
+}
+
+fn refused_flavours() -> [(Value, &'static str); 2] {
+    [
         (
             json!({"agent": {"flavours": {"default": {}}}}),
             "no flavour may be called default",
@@ -308,28 +340,94 @@ async fn a_flavour_has_nodes_runtime_and_workers_of_its_own_and_the_plain_agent_
             json!({"agent": {"flavours": {"cuda": {}}, "affinity": {"nodeAffinity": {"x": 1}}}}),
             "can't be used together with agent.flavours",
         ),
-    ] {
+    ]
+}
+
+#[tokio::test]
+async fn a_flavour_has_nodes_runtime_and_workers_of_its_own_and_the_plain_agent_keeps_off_them() {
+    all_hold(cases_of_flavours()).await;
+    for (values, said) in refused_flavours() {
         let refused = chart::render(&values).await.unwrap_err().to_string();
         assert!(refused.contains(said), "{refused}");
     }
 }
 
-#[tokio::test]
-async fn each_object_that_can_be_switched_is_there_exactly_when_it_should_be() {
+fn cases_of_switches() -> Vec<Case> {
     let monitoring = |key: &str, value: Value| json!({"monitoring": {key: value}});
     let on = || json!({"enabled": true, "labels": {"found": "by"}});
-    all_hold(vec![
-        absent(json!({"crds": {"enabled": false}}), "CustomResourceDefinition", "inferencejobs.gogrid.dev", ""),
-        case(json!({}), "CustomResourceDefinition", "inferencejobs.gogrid.dev", "/metadata/annotations/helm.sh~1resource-policy", json!("keep")),
-        absent(json!({"rbac": {"aggregate": false}}), "ClusterRole", "gogrid-view", ""),
-        case(json!({}), "ClusterRole", "gogrid-view", "/metadata/labels/rbac.authorization.k8s.io~1aggregate-to-view", json!("true")),
-        case(json!({}), "ClusterRole", "gogrid-edit", "/metadata/labels/rbac.authorization.k8s.io~1aggregate-to-admin", json!("true")),
-        case(json!({}), "PodDisruptionBudget", "gogrid-operator", "/spec/maxUnavailable", json!(1)),
-        absent(json!({"operator": {"replicas": 1}}), "PodDisruptionBudget", "gogrid-operator", ""),
-        absent(json!({"operator": {"podDisruptionBudget": {"enabled": false}}}), "PodDisruptionBudget", "gogrid-operator", ""),
-        case(json!({}), "PriorityClass", "gogrid-guest", "/preemptionPolicy", json!("Never")),
-        case(json!({"priorityClass": {"name": "mine", "value": -7}}), "PriorityClass", "mine", "/value", json!(-7)),
-        absent(json!({"priorityClass": {"create": false, "name": "theirs"}}), "PriorityClass", "theirs", ""),
+    vec![
+        absent(
+            json!({"crds": {"enabled": false}}),
+            "CustomResourceDefinition",
+            "inferencejobs.gogrid.dev",
+            "",
+        ),
+        case(
+            json!({}),
+            "CustomResourceDefinition",
+            "inferencejobs.gogrid.dev",
+            "/metadata/annotations/helm.sh~1resource-policy",
+            json!("keep"),
+        ),
+        absent(
+            json!({"rbac": {"aggregate": false}}),
+            "ClusterRole",
+            "gogrid-view",
+            "",
+        ),
+        case(
+            json!({}),
+            "ClusterRole",
+            "gogrid-view",
+            "/metadata/labels/rbac.authorization.k8s.io~1aggregate-to-view",
+            json!("true"),
+        ),
+        case(
+            json!({}),
+            "ClusterRole",
+            "gogrid-edit",
+            "/metadata/labels/rbac.authorization.k8s.io~1aggregate-to-admin",
+            json!("true"),
+        ),
+        case(
+            json!({}),
+            "PodDisruptionBudget",
+            "gogrid-operator",
+            "/spec/maxUnavailable",
+            json!(1),
+        ),
+        absent(
+            json!({"operator": {"replicas": 1}}),
+            "PodDisruptionBudget",
+            "gogrid-operator",
+            "",
+        ),
+        absent(
+            json!({"operator": {"podDisruptionBudget": {"enabled": false}}}),
+            "PodDisruptionBudget",
+            "gogrid-operator",
+            "",
+        ),
+        case(
+            json!({}),
+            "PriorityClass",
+            "gogrid-guest",
+            "/preemptionPolicy",
+            json!("Never"),
+        ),
+        case(
+            json!({"priorityClass": {"name": "mine", "value": -7}}),
+            "PriorityClass",
+            "mine",
+            "/value",
+            json!(-7),
+        ),
+        absent(
+            json!({"priorityClass": {"create": false, "name": "theirs"}}),
+            "PriorityClass",
+            "theirs",
+            "",
+        ),
         case(
             json!({"priorityClass": {"create": false, "name": "theirs"}}),
             "DaemonSet",
@@ -337,7 +435,12 @@ async fn each_object_that_can_be_switched_is_there_exactly_when_it_should_be() {
             "/spec/template/spec/priorityClassName",
             json!("theirs"),
         ),
-        absent(json!({}), "Deployment", "gogrid-operator", "/spec/template/spec/priorityClassName"),
+        absent(
+            json!({}),
+            "Deployment",
+            "gogrid-operator",
+            "/spec/template/spec/priorityClassName",
+        ),
         case(
             json!({"operator": {"priorityClassName": "high"}}),
             "Deployment",
@@ -345,10 +448,32 @@ async fn each_object_that_can_be_switched_is_there_exactly_when_it_should_be() {
             "/spec/template/spec/priorityClassName",
             json!("high"),
         ),
-        case(json!({}), "FlowSchema", "gogrid-node-leases", "/spec/priorityLevelConfiguration/name", json!("node-high")),
-        case(json!({}), "FlowSchema", "gogrid-leader-lease", "/spec/priorityLevelConfiguration/name", json!("leader-election")),
-        absent(json!({"flowSchema": {"enabled": false}}), "FlowSchema", "gogrid-node-leases", ""),
-        absent(json!({"networkPolicy": {"enabled": false}}), "NetworkPolicy", "gogrid-operator", ""),
+        case(
+            json!({}),
+            "FlowSchema",
+            "gogrid-node-leases",
+            "/spec/priorityLevelConfiguration/name",
+            json!("node-high"),
+        ),
+        case(
+            json!({}),
+            "FlowSchema",
+            "gogrid-leader-lease",
+            "/spec/priorityLevelConfiguration/name",
+            json!("leader-election"),
+        ),
+        absent(
+            json!({"flowSchema": {"enabled": false}}),
+            "FlowSchema",
+            "gogrid-node-leases",
+            "",
+        ),
+        absent(
+            json!({"networkPolicy": {"enabled": false}}),
+            "NetworkPolicy",
+            "gogrid-operator",
+            "",
+        ),
         case(
             json!({}),
             "NetworkPolicy",
@@ -363,8 +488,20 @@ async fn each_object_that_can_be_switched_is_there_exactly_when_it_should_be() {
             "/spec/egress",
             json!([{"ports": [{"protocol": "TCP", "port": 8443}], "to": [{"ipBlock": {"cidr": "10.0.0.1/32"}}]}]),
         ),
-        case(json!({}), "NetworkPolicy", "gogrid-agent", "/spec/policyTypes", json!(["Ingress"])),
-        case(json!({}), "NetworkPolicy", "gogrid-agent", "/spec/ingress", json!([{"ports": [{"protocol": "TCP", "port": 9401}]}])),
+        case(
+            json!({}),
+            "NetworkPolicy",
+            "gogrid-agent",
+            "/spec/policyTypes",
+            json!(["Ingress"]),
+        ),
+        case(
+            json!({}),
+            "NetworkPolicy",
+            "gogrid-agent",
+            "/spec/ingress",
+            json!([{"ports": [{"protocol": "TCP", "port": 9401}]}]),
+        ),
         case(
             json!({"networkPolicy": {"metricsFrom": [{"podSelector": {}}]}}),
             "NetworkPolicy",
@@ -380,9 +517,21 @@ async fn each_object_that_can_be_switched_is_there_exactly_when_it_should_be() {
             "/spec/podMetricsEndpoints/0/interval",
             json!("15s"),
         ),
-        case(monitoring("podMonitor", on()), "PodMonitor", "gogrid-operator", "/metadata/labels/found", json!("by")),
+        case(
+            monitoring("podMonitor", on()),
+            "PodMonitor",
+            "gogrid-operator",
+            "/metadata/labels/found",
+            json!("by"),
+        ),
         absent(json!({}), "PrometheusRule", "gogrid", ""),
-        case(monitoring("prometheusRule", on()), "PrometheusRule", "gogrid", "/metadata/labels/found", json!("by")),
+        case(
+            monitoring("prometheusRule", on()),
+            "PrometheusRule",
+            "gogrid",
+            "/metadata/labels/found",
+            json!("by"),
+        ),
         case(
             monitoring("prometheusRule", json!({"enabled": true})),
             "PrometheusRule",
@@ -391,7 +540,10 @@ async fn each_object_that_can_be_switched_is_there_exactly_when_it_should_be() {
             json!("docs/runbooks/GoGridNoLeader.md"),
         ),
         case(
-            monitoring("prometheusRule", json!({"enabled": true, "runbookBaseUrl": "https://runbooks.example/"})),
+            monitoring(
+                "prometheusRule",
+                json!({"enabled": true, "runbookBaseUrl": "https://runbooks.example/"}),
+            ),
             "PrometheusRule",
             "gogrid",
             "/spec/groups/0/rules/0/annotations/runbook_url",
@@ -405,7 +557,22 @@ async fn each_object_that_can_be_switched_is_there_exactly_when_it_should_be() {
             "/metadata/labels/grafana_dashboard",
             json!("1"),
         ),
-        case(monitoring("dashboards", on()), "ConfigMap", "gogrid-dashboard-gogrid", "/metadata/labels/found", json!("by")),
+        absent(
+            monitoring(
+                "dashboards",
+                json!({"enabled": true, "labels": {"grafana_dashboard": null}}),
+            ),
+            "ConfigMap",
+            "gogrid-dashboard-gogrid",
+            "/metadata/labels/grafana_dashboard",
+        ),
+        case(
+            monitoring("dashboards", on()),
+            "ConfigMap",
+            "gogrid-dashboard-gogrid",
+            "/metadata/labels/found",
+            json!("by"),
+        ),
         case(
             json!({"extraObjects": [{"kind": "ConfigMap", "metadata": {"name": "as-it-is"}, "data": {"a": "{{ b }}"}}]}),
             "ConfigMap",
@@ -427,8 +594,12 @@ async fn each_object_that_can_be_switched_is_there_exactly_when_it_should_be() {
             "/spec/matchConditions/0/expression",
             json!("!request.userInfo.?groups.orValue([]).exists(g, g in ['a', 'b'])"),
         ),
-    ])
-    .await;
+    ]
+}
+
+#[tokio::test]
+async fn each_object_that_can_be_switched_is_there_exactly_when_it_should_be() {
+    all_hold(cases_of_switches()).await;
 }
 
 #[tokio::test]
@@ -451,15 +622,19 @@ async fn the_dashboard_in_the_cluster_is_the_file_to_the_letter_and_the_rules_ar
     assert_eq!(rule["spec"], alerts);
 }
 
-#[tokio::test]
-async fn names_follow_the_release_and_both_overrides() {
-    for (release, values, wanted) in [
+fn names() -> [(&'static str, Value, &'static str); 5] {
+    [
         ("gogrid", json!({}), "gogrid-operator"),
         ("my-gogrid", json!({}), "my-gogrid-operator"),
         ("two", json!({}), "two-gogrid-operator"),
         ("two", json!({"nameOverride": "x"}), "two-x-operator"),
         ("two", json!({"fullnameOverride": "y"}), "y-operator"),
-    ] {
+    ]
+}
+
+#[tokio::test]
+async fn names_follow_the_release_and_both_overrides() {
+    for (release, values, wanted) in names() {
         let rendered = chart::render_as(release, "n", &values).await.unwrap();
         let documents = chart::documents(&rendered).unwrap();
         let deployment = documents.iter().find(|o| o["kind"] == "Deployment").unwrap();
@@ -515,7 +690,7 @@ async fn the_chart_is_the_same_for_every_kubernetes_from_1_32_to_1_36_and_refuse
 #[tokio::test]
 async fn a_parent_chart_can_switch_it_share_its_globals_and_still_may_not_misspell() {
     let parent = tempfile::tempdir().unwrap();
-    copy(&chart::dir(), &parent.path().join("charts/gogrid"));
+    chart::copy(&parent.path().join("charts/gogrid")).unwrap();
     std::fs::write(
         parent.path().join("Chart.yaml"),
         "apiVersion: v2\nname: parent\nversion: 1.0.0\ndependencies:\n- name: gogrid\n  version: 0.1.0\n  condition: gogrid.enabled\n",
@@ -544,19 +719,6 @@ async fn a_parent_chart_can_switch_it_share_its_globals_and_still_may_not_misspe
         .unwrap_err()
         .to_string();
     assert!(refused.contains("operators"), "{refused}");
-}
-
-fn copy(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).unwrap();
-    for entry in std::fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        let target = to.join(entry.file_name());
-        if entry.file_type().unwrap().is_dir() {
-            copy(&entry.path(), &target);
-        } else {
-            std::fs::copy(entry.path(), target).unwrap();
-        }
-    }
 }
 
 /// Whole renderings, so that a change of a template shows in review. CRDs are left out: they are files already.
@@ -593,6 +755,48 @@ async fn four_whole_renderings_are_as_committed() {
             .unwrap();
         compare(&format!("tests/golden/chart/{name}.yaml"), &rendered);
     }
+}
+
+/// What the cases above leave out would be a branch that nobody looks at.
+#[tokio::test]
+async fn each_branch_of_the_templates_is_taken_by_one_case_above_and_left_by_another() {
+    let mut branches = Branches::new().unwrap();
+    for (release, values, _) in names() {
+        branches.take(release, &values).await.unwrap();
+    }
+    for (values, _) in refused_flavours() {
+        branches.take("gogrid", &values).await.unwrap();
+    }
+    for part in ["operator", "agent"] {
+        branches.take("gogrid", &with_arguments(part)).await.unwrap();
+    }
+    let cases = [
+        cases_of_switches(),
+        cases_of_flavours(),
+        cases_of_agents(),
+        cases_of_both_kinds_of_pods(),
+    ];
+    let all: BTreeSet<String> = cases
+        .iter()
+        .flatten()
+        .map(|case| case.values.to_string())
+        .collect();
+    for values in all {
+        let values = serde_json::from_str(&values).unwrap();
+        branches.take("gogrid", &values).await.unwrap();
+    }
+    // Without the line, which every edit moves.
+    let unseen: BTreeSet<String> = branches
+        .unseen()
+        .into_iter()
+        .map(|branch| {
+            let (place, words) = branch.split_once(": ").unwrap();
+            let file = place.split(':').next().unwrap().replace("templates/", "");
+            format!("{file}: {words}")
+        })
+        .collect();
+    let never = NEVER_LEFT.map(|block| format!("not {block}"));
+    assert_eq!(unseen, BTreeSet::from(never), "of {}", branches.count());
 }
 
 /// What the four renderings and the cases above leave out would be a template that nobody looks at.

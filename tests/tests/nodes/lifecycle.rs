@@ -2,14 +2,14 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use gogrid_api::{InferenceJob, ResourceProfile};
 use gogrid_tests::chart::RELEASE;
 use gogrid_tests::cluster::NAMESPACE;
-use gogrid_tests::installed::Installed;
-use gogrid_tests::jobs::Questions;
+use gogrid_tests::installed::{Installed, spec};
+use gogrid_tests::jobs::{self, Questions};
 use gogrid_tests::wait::eventually;
-use k8s_openapi::api::core::v1::{ConfigMap, Pod};
+use k8s_openapi::api::core::v1::ConfigMap;
 use kube::ResourceExt as _;
 use kube::api::{Api, ListParams};
 use serde_json::{Value, json};
@@ -125,12 +125,22 @@ fn an_upgrade_and_a_rollback_under_four_running_jobs_run_no_finished_record_agai
 
 /// Named so that it comes last of all: what it does to the install is not undone entirely.
 #[test]
-fn z_uninstalling_keeps_every_custom_resource_and_installing_again_goes_on_with_them() -> Result<()> {
+fn z_uninstalling_under_four_running_jobs_leaves_nothing_that_holds_a_namespace_and_installing_again_goes_on()
+-> Result<()> {
     on_real_nodes(|installed| async move {
-        let questions = Questions::new(77, 200);
-        let job = submit(&installed, "kept", &questions, None, true).await?;
-        until_answering(&installed, &job).await?;
         let control = &installed.nodes.control;
+        control.kubectl(&["create", "namespace", "doomed"]).await?;
+        let mut running = vec![];
+        for (n, namespace) in ["default", "doomed", "doomed", "doomed"].into_iter().enumerate() {
+            let questions = Questions::new(77, 100);
+            let name = format!("kept-{n}");
+            let mut spec = spec(&questions.lines(), &name)?;
+            spec["profileName"] = json!("conservative");
+            running.push(jobs::create(&installed.client, namespace, &name, spec).await?);
+        }
+        for job in &running {
+            until_answering(&installed, job).await?;
+        }
         control
             .helm(&[
                 "uninstall",
@@ -142,19 +152,13 @@ fn z_uninstalling_keeps_every_custom_resource_and_installing_again_goes_on_with_
                 "100s",
             ])
             .await?;
-        let pods: Api<Pod> = Api::namespaced(installed.client.clone(), NAMESPACE);
-        eventually(LONG, "all pods to be gone", || async {
-            // The pod of a `helm test` is that test's report, and no part of the release.
-            let parts = ListParams::default().labels("app.kubernetes.io/component in (operator, agent)");
-            let left = pods.list(&parts).await?.items;
-            ensure!(left.is_empty(), "{} pods are left", left.len());
-            Ok(())
-        })
-        .await?;
+        let delete = ["delete", "namespace", "doomed", NAMESPACE, "--timeout=60s"];
+        control.kubectl(&delete).await?;
         let jobs: Api<InferenceJob> = Api::namespaced(installed.client.clone(), "default");
         let profiles: Api<ResourceProfile> = Api::all(installed.client.clone());
+        let kept = running.first().context("no job")?;
         ensure!(
-            jobs.get("kept").await?.uid() == job.uid(),
+            jobs.get("kept-0").await?.uid() == kept.uid(),
             "the job is another one"
         );
         ensure!(
@@ -162,7 +166,7 @@ fn z_uninstalling_keeps_every_custom_resource_and_installing_again_goes_on_with_
             "a profile is gone"
         );
         installed.helm("install", &values()).await?;
-        until_right(&installed, &job, &questions).await?;
+        until_right(&installed, kept, &Questions::new(77, 100)).await?;
         Ok(())
     })
 }

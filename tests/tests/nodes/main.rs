@@ -45,10 +45,17 @@ where
     })
 }
 
-/// Little memory for workers, so that a test can use it up.
+/// Little memory for workers, so that a test can use it up, and kinds of nodes on which no agent can run.
 fn values() -> Value {
     json!({
-        "agent": {"extraArgs": ["--cpu-memory-reserve=256Mi"]},
+        "agent": {
+            "extraArgs": ["--cpu-memory-reserve=256Mi"],
+            // Of nodes that a test labels so.
+            "flavours": {
+                "no-runtime": {"runtimeClassName": "nowhere"},
+                "no-image": {"workers": {"image": {"repository": "gogrid/nowhere"}}},
+            },
+        },
         "workers": {"resources": {"limits": {"memory": "1Gi"}}},
     })
 }
