@@ -4,8 +4,7 @@
 //! confined child that parses one header, `gogrid-agent probe-nvml` the one that
 //! loads the GPU driver's library, `gogrid-agent fetch` the niced one that fetches and hashes. Must not hold policy.
 
-use anyhow::Context as _;
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand as _};
 use gogrid_agent::End;
 use gogrid_agent::config::{Config, Flags, LogFormat};
 use std::path::PathBuf;
@@ -13,58 +12,48 @@ use std::process::ExitCode;
 
 /// The GoGrid node agent.
 #[derive(Parser)]
-#[command(name = "gogrid-agent", version, about, args_conflicts_with_subcommands = true)]
+#[command(name = "gogrid-agent", version, about)]
 struct Cli {
-    #[command(subcommand)]
-    command: Option<Child>,
     #[command(flatten)]
-    flags: Option<Flags>,
+    flags: Flags,
 }
 
-/// What the agent starts itself as.
-#[derive(Subcommand)]
+/// What the agent starts itself as. Apart from the flags, part of which the environment of a pod sets.
+#[derive(Parser)]
 enum Child {
     /// Parse the header of the model on standard input and print its facts.
-    #[command(hide = true)]
     InspectHeaders {
         /// Length of the whole file.
         #[arg(long)]
         bytes: u64,
     },
     /// Answer questions about the NVIDIA driver on standard input until it closes.
-    #[command(hide = true)]
     ProbeNvml {
         /// Library to load instead of the driver's.
         #[arg(long)]
         library: Option<PathBuf>,
     },
     /// Fetch, hash and keep models for the agent at the other end of standard input.
-    #[command(hide = true)]
     Fetch(gogrid_agent::FetchFlags),
 }
 
 fn main() -> anyhow::Result<ExitCode> {
-    let Cli { command, flags } = Cli::parse();
-    match command {
-        Some(Child::InspectHeaders { bytes }) => {
-            gogrid_agent::inspect_header(bytes)?;
-            return Ok(ExitCode::SUCCESS);
+    let first = std::env::args_os().nth(1).unwrap_or_default();
+    if first.to_str().is_some_and(Child::has_subcommand) {
+        match Child::parse() {
+            Child::InspectHeaders { bytes } => gogrid_agent::inspect_header(bytes)?,
+            Child::ProbeNvml { library } => gogrid_agent::probe_nvml(library.as_deref())?,
+            Child::Fetch(flags) => {
+                tracing_subscriber::fmt()
+                    .json()
+                    .with_writer(std::io::stderr)
+                    .init();
+                gogrid_agent::fetch(flags)?;
+            }
         }
-        Some(Child::ProbeNvml { library }) => {
-            gogrid_agent::probe_nvml(library.as_deref())?;
-            return Ok(ExitCode::SUCCESS);
-        }
-        Some(Child::Fetch(flags)) => {
-            tracing_subscriber::fmt()
-                .json()
-                .with_writer(std::io::stderr)
-                .init();
-            gogrid_agent::fetch(flags)?;
-            return Ok(ExitCode::SUCCESS);
-        }
-        None => {}
+        return Ok(ExitCode::SUCCESS);
     }
-    let flags = flags.context("--node-name and --state-dir are needed")?;
+    let Cli { flags } = Cli::parse();
     let config = Config::try_from(flags)?;
     #[cfg(feature = "faults")]
     gogrid_agent::clock::WALL_OFFSET.store(config.wall_offset_seconds, std::sync::atomic::Ordering::Relaxed);

@@ -29,6 +29,8 @@ impl Probe {
             .arg("--library")
             .arg(library)
             .env(SCENARIO_VARIABLE, scenario)
+            // As in a pod, whose environment sets some of the agent's own flags.
+            .env("NODE_NAME", "node")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()?;
