@@ -2,11 +2,11 @@
 
 use std::path::PathBuf;
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use gogrid_api::node::{Device, Health};
-use gogrid_api::{Bytes, Condition, GpuNode, GpuNodeStatus, InferenceJob, condition, names};
+use gogrid_api::{Condition, GpuNode, GpuNodeStatus, InferenceJob, condition, names};
 use gogrid_simnvml::{Lost, SCENARIO_VARIABLE, Scenario};
 use gogrid_tests::cluster::{Cluster, ClusterOptions, on_runtime};
 use gogrid_tests::controlplane::ControlPlane;
@@ -110,97 +110,6 @@ impl Bench {
             .find(|p| p.parent == agent && p.command.contains("probe-nvml"))
             .map(|p| p.pid))
     }
-}
-
-#[test]
-fn sixteen_cards_with_calls_of_4_ms_are_all_listed_at_under_1_percent_of_a_core() -> Result<()> {
-    on_runtime(async {
-        let mut scenario = Scenario::cards(16);
-        scenario.slow_millis = 4;
-        scenario.devices[15].lost = Lost::Calls;
-        // An idle round every second, ten times as often as without this flag; the lease is as long as in production.
-        let bench = Bench::start("sixteen", &scenario, 40, &["--driver-second-millis", "100"]).await?;
-        let log = bench.path().with_file_name("calls");
-        let devices = bench
-            .until_devices("15 cards as measured", |d| {
-                d.len() == 15 && d.iter().all(|d| d.memory_total.bytes() == Ok(Bytes(24 << 30)))
-            })
-            .await?;
-        for (index, device) in devices.iter().enumerate() {
-            ensure!(device.uuid.starts_with(&format!("GPU-{index:08x}")), "{device:?}");
-            ensure!(
-                device.name == "NVIDIA GeForce RTX 4090"
-                    && device.compute_capability.as_deref() == Some("8.9")
-            );
-            ensure!(
-                device.memory_reserved.bytes()? == Bytes(1 << 30)
-                    && device.memory_foreign.bytes()? == Bytes(2 << 30)
-            );
-            ensure!(device.memory_free.bytes()? == Bytes(21 << 30));
-            // No build has a CUDA worker yet: shown, and never used.
-            ensure!(device.health == Health::Unhealthy);
-            ensure!(
-                device.message.as_deref() == Some("this build has no CUDA worker"),
-                "{device:?}"
-            );
-        }
-        let found = bench.until_driver("DevicesLost").await?;
-        ensure!(
-            found.message.contains("GPU 15") && found.message.contains("580.95.05"),
-            "{found:?}"
-        );
-        // The lost card comes back: seen by a driver that is loaded anew.
-        scenario.devices[15].lost = Lost::No;
-        scenario.calls = Some(log.clone());
-        bench.set(&scenario)?;
-        bench.until_devices("16 cards", |d| d.len() == 16).await?;
-        bench.until_driver("DriverAnswers").await?;
-
-        // A deadline of 200 ms may pass on a busy machine: what counts is a span in which one probe answered.
-        let measure = || async {
-            let (agent, probe) = (bench.agent()?, bench.probe()?.context("no probe runs")?);
-            let ticks = || anyhow::Ok((procfs::cpu_ticks(agent)?, procfs::cpu_ticks(probe)?));
-            std::fs::write(&log, "")?;
-            let (began, before) = (Instant::now(), ticks()?);
-            tokio::time::sleep(Duration::from_secs(10)).await;
-            let (seconds, after) = (began.elapsed().as_secs_f64(), ticks()?);
-            Ok((agent, probe, seconds, before, after))
-        };
-        let (agent, probe, seconds, before, after) =
-            eventually(LONG, "ten seconds of one probe", measure).await?;
-        let calls = std::fs::read_to_string(&log)?;
-        let percent = |ticks: i64| anyhow::Ok(f64::from(i32::try_from(ticks)?) / seconds);
-        let (of_agent, of_probe) = (percent(after.0 - before.0)?, percent(after.1 - before.1)?);
-        let memory = calls
-            .lines()
-            .filter(|l| *l == "nvmlDeviceGetMemoryInfo_v2")
-            .count();
-        let lists = calls
-            .lines()
-            .filter(|l| l.contains("Processes") || l.contains("ProcessUtil"))
-            .count();
-        println!(
-            "16 cards once a second over {seconds:.1} s: agent {of_agent:.2} %, probe {of_probe:.2} % of a core; agent \
-             {} KiB, probe {} KiB resident; {memory} memory calls, {lists} process lists",
-            procfs::resident_kib(agent)?,
-            procfs::resident_kib(probe)?
-        );
-        // Debug builds; each by itself, as each is a process that an admin sees.
-        ensure!(
-            of_agent <= 1.0 && of_probe <= 1.0,
-            "{of_agent:.2} % and {of_probe:.2} % of a core"
-        );
-        ensure!(
-            (16 * 7..=16 * 12).contains(&memory) && lists == 0,
-            "{memory} memory calls, {lists} lists"
-        );
-        ensure!(
-            procfs::resident_kib(agent)? <= 30 << 10,
-            "{} KiB",
-            procfs::resident_kib(agent)?
-        );
-        Ok(())
-    })
 }
 
 #[test]
@@ -392,37 +301,6 @@ fn a_card_lost_under_a_job_ends_only_that_job_which_goes_on_when_the_card_is_bac
         let status = job.status.clone().unwrap_or_default();
         ensure!(condition::is_true(&status.conditions, "Succeeded"), "{status:?}");
         questions.right(&bench.cluster.results(&job).await?)?;
-        Ok(())
-    })
-}
-
-/// The agent alone keeps its figures small; the probe of a driver that is not there is gone.
-#[test]
-fn an_idle_agent_without_a_driver_keeps_under_30_mib_and_half_a_percent_of_a_core() -> Result<()> {
-    on_runtime(async {
-        let mut scenario = Scenario::cards(0);
-        scenario.codes.insert("nvmlInit_v2".into(), 9);
-        let bench = Bench::start("idle", &scenario, 40, &[]).await?;
-        bench.until_driver("NoDriver").await?;
-        let agent = bench.agent()?;
-        // What starting costs is over when nothing of it shows in a second.
-        let quiet = || async {
-            let before = procfs::cpu_ticks(agent)?;
-            tokio::time::sleep(Duration::from_secs(1)).await;
-            let used = procfs::cpu_ticks(agent)? - before;
-            ensure!(used <= 1, "{used} ticks");
-            Ok(())
-        };
-        eventually(SOON, "a quiet second", quiet).await?;
-        let (began, before) = (Instant::now(), procfs::cpu_ticks(agent)?);
-        tokio::time::sleep(Duration::from_secs(10)).await;
-        let used = procfs::cpu_ticks(agent)? - before;
-        let percent = f64::from(i32::try_from(used)?) / began.elapsed().as_secs_f64();
-        let kib = procfs::resident_kib(agent)?;
-        println!("an idle agent: {percent:.2} % of a core, {kib} KiB resident");
-        ensure!(percent <= 0.5, "{percent:.2} % of a core");
-        ensure!(kib <= 30 << 10, "{kib} KiB");
-        ensure!(bench.probe()?.is_none(), "a probe of no driver runs");
         Ok(())
     })
 }

@@ -7,7 +7,6 @@
 )]
 
 mod agent;
-mod chaos;
 mod probe;
 
 use std::path::{Path, PathBuf};
