@@ -141,8 +141,8 @@ impl Renewals {
 /// Whether a session that begins may take the Lease from the one that holds it.
 ///
 /// It may where nothing of the holder can be left: it is `former`, whose processes in this state directory are gone; the
-/// machine was started since; or its Lease was seen `unchanged` for so long that its workers stand still. Otherwise the
-/// holder may be a living agent with workers of its own, that would learn of its end only at its next renewal.
+/// machine was started since; or its Lease was seen `unchanged` for so long that its workers, which stood still at the
+/// fence, were killed after the hold as well. Otherwise they still take memory that would be given away a second time.
 pub fn may_take(
     holder: Option<&str>,
     session: &Session,
@@ -154,7 +154,8 @@ pub fn may_take(
         return true;
     };
     let boot = holder.split_once('/').map_or(holder, |(boot, _)| boot);
-    Some(holder) == former || boot != session.boot || unchanged > timing.replace_after()
+    let killed = timing.replace_after().0.saturating_add(timing.fenced_hold().0);
+    Some(holder) == former || boot != session.boot || unchanged.0 > killed
 }
 
 /// The order was written by a leader that has been followed by another.
@@ -201,8 +202,17 @@ mod tests {
         );
         assert!(take(Some("earlier/a"), None, 0), "the machine was started since");
         assert!(!take(Some("boot/a"), None, 0), "it may live");
-        assert!(!take(Some("boot/a"), Some("boot/b"), 45_000));
-        assert!(take(Some("boot/a"), None, 45_001), "its workers stand still");
+        assert!(!take(Some("boot/a"), Some("boot/b"), 0), "somebody else's were");
+    }
+
+    #[test]
+    fn workers_that_stand_still_hold_memory_so_their_lease_is_taken_only_once_they_were_killed() {
+        let timing = LeaseTiming::default();
+        let me = Session::new("boot", "me");
+        let take = |unchanged| may_take(Some("boot/a"), &me, None, Millis(unchanged), timing);
+        assert!(!take(45_001), "they stand still");
+        assert!(!take(645_000));
+        assert!(take(645_001));
     }
 
     #[test]
