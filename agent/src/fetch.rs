@@ -8,7 +8,6 @@ use crate::frames::{self, Receiver};
 use crate::sys;
 use clap::Args;
 use gogrid_agent_core::fetch::{FromFetcher, Manners, ToFetcher};
-use gogrid_agent_core::protocol::IoPriority;
 use gogrid_agent_core::results::clip;
 use gogrid_agent_core::throttle::{Grant, ShareMeter};
 use gogrid_store::{AddressPolicy, HttpLimits, ModelUri, Roots, Sha256, Store, StoreConfig, StoreError};
@@ -218,17 +217,12 @@ fn answer(
 fn behave(manners: Manners) -> io::Result<()> {
     // Absent where the kernel has no autogroups; refused when written too often by those without rights.
     let _ = std::fs::write("/proc/self/autogroup", manners.niceness.to_string());
-    let number = match manners.io {
-        IoPriority::None => 0,
-        IoPriority::BestEffort(level) => (2 << 13) | i32::from(level.min(7)),
-        IoPriority::Idle => 3 << 13,
-    };
     for entry in std::fs::read_dir("/proc/self/task")? {
         let thread = entry?.file_name().to_str().and_then(|name| name.parse().ok());
         let Some(thread) = thread else { continue };
         // A thread may have ended; one that may not be raised stays kinder than asked.
         let _ = rustix::process::setpriority_process(Pid::from_raw(thread), i32::from(manners.niceness));
-        let _ = sys::set_io_priority(thread, number);
+        let _ = sys::set_io_priority(thread, manners.io.number());
     }
     Ok(())
 }

@@ -21,13 +21,10 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
-use gogrid_agent_core::fetch::Manners;
 use gogrid_agent_core::protocol::{
-    FromPool, FromWorker, Hello, IoPriority, Outcome, PROTOCOL_VERSION, Readback, Role, Sampling, ToPool,
-    ToWorker, Usage, WorkerLimits, body_length, decode, encode,
+    FromPool, FromWorker, Hello, Outcome, PROTOCOL_VERSION, Readback, Role, Sampling, ToPool, ToWorker,
+    Usage, WorkerLimits, body_length, decode, encode,
 };
-use gogrid_api::effective::Limits;
-use gogrid_api::profile::IoClass;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use rustix::time::{ClockId, clock_gettime};
@@ -50,39 +47,6 @@ pub fn boottime() -> u64 {
     let time = clock_gettime(ClockId::Boottime);
     let part = |value: i64| u64::try_from(value).unwrap_or(0);
     part(time.tv_sec) * SECOND + part(time.tv_nsec)
-}
-
-/// What a worker is told under a profile; `threads` as the agent divides them.
-pub fn worker_limits(limits: &Limits, generation: u64, threads: u16) -> WorkerLimits {
-    WorkerLimits {
-        generation,
-        niceness: limits.niceness.0,
-        io: io_priority(limits),
-        max_batch: limits.max_batch,
-        request_interval: limits.request_interval.0 * 1_000_000,
-        threads,
-    }
-}
-
-/// What the fetching child is told under a profile.
-pub fn manners(limits: &Limits, share_permille: u16) -> Manners {
-    Manners {
-        niceness: if limits.niceness.0 > 0 {
-            19
-        } else {
-            limits.niceness.0
-        },
-        io: io_priority(limits),
-        share_permille,
-    }
-}
-
-fn io_priority(limits: &Limits) -> IoPriority {
-    match limits.io_class {
-        IoClass::None => IoPriority::None,
-        IoClass::BestEffort => IoPriority::BestEffort(limits.io_level),
-        IoClass::Idle => IoPriority::Idle,
-    }
 }
 
 pub(crate) fn send<T: Serialize>(mut stream: &UnixStream, message: &T) -> Result<()> {

@@ -4,6 +4,7 @@
 //! without the agent's token, at the priority and inside the share that it is told.
 
 use crate::protocol::IoPriority;
+use gogrid_api::effective::Limits;
 use serde::{Deserialize, Serialize};
 
 /// How the child is to behave.
@@ -16,6 +17,22 @@ pub struct Manners {
     pub io: IoPriority,
     /// Share of the CPU device in permille; 0 = wait.
     pub share_permille: u16,
+}
+
+impl Manners {
+    /// Fetching can wait: where the profile asks for kindness at all, it is as kind as can be. Beside the workers' session
+    /// it is one more that others share the machine with.
+    pub fn under(limits: &Limits, share_permille: u16) -> Self {
+        Self {
+            niceness: if limits.niceness.0 > 0 {
+                19
+            } else {
+                limits.niceness.0
+            },
+            io: IoPriority::under(limits),
+            share_permille,
+        }
+    }
 }
 
 /// Agent → child.

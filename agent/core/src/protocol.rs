@@ -4,6 +4,9 @@
 //! The agent treats everything from a worker as hostile: frames are bounded before they are read, numbers before they
 //! are used, and texts are data. The agent listens; pool and workers connect and speak first.
 
+use crate::session::nanos;
+use gogrid_api::effective::Limits;
+use gogrid_api::profile::IoClass;
 use serde::{Deserialize, Serialize};
 
 /// Both sides must speak exactly this version.
@@ -120,6 +123,26 @@ pub enum IoPriority {
     Idle,
 }
 
+impl IoPriority {
+    /// What a profile asks for.
+    pub fn under(limits: &Limits) -> Self {
+        match limits.io_class {
+            IoClass::None => Self::None,
+            IoClass::BestEffort => Self::BestEffort(limits.io_level),
+            IoClass::Idle => Self::Idle,
+        }
+    }
+
+    /// The kernel's number: class << 13 | level.
+    pub fn number(self) -> i32 {
+        match self {
+            Self::None => 0,
+            Self::BestEffort(level) => (2 << 13) | i32::from(level.min(7)),
+            Self::Idle => 3 << 13,
+        }
+    }
+}
+
 /// Limits of one worker; each new set replaces the last.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -136,6 +159,20 @@ pub struct WorkerLimits {
     pub request_interval: u64,
     /// Threads of the worker's compute pool at most, ≥ 1.
     pub threads: u16,
+}
+
+impl WorkerLimits {
+    /// What a worker is told under a profile, with its part of the device's batch and threads.
+    pub fn under(limits: &Limits, generation: u64, max_batch: u16, threads: u16) -> Self {
+        Self {
+            generation,
+            niceness: limits.niceness.0,
+            io: IoPriority::under(limits),
+            max_batch,
+            request_interval: nanos(limits.request_interval),
+            threads,
+        }
+    }
 }
 
 /// How text is sampled.

@@ -7,16 +7,15 @@ use super::Owner;
 use crate::clock::wall_seconds;
 use gogrid_agent_core::fetch::Manners;
 use gogrid_agent_core::plan::Phase;
-use gogrid_agent_core::protocol::{IoPriority, Readback, ToPool, ToWorker, WorkerId, WorkerLimits};
-use gogrid_agent_core::session::{Nanos, Standing, nanos};
+use gogrid_agent_core::protocol::{Readback, ToPool, ToWorker, WorkerId, WorkerLimits};
+use gogrid_agent_core::session::{Nanos, Standing};
 use gogrid_agent_core::shares::{Claim, batch_each, divide};
 use gogrid_agent_core::vram::{Own, Reading};
 use gogrid_agent_core::watchdog::Rung;
-use gogrid_api::effective::{EffectiveProfile, EffectiveProfileError, Limits};
+use gogrid_api::effective::{EffectiveProfile, EffectiveProfileError};
 use gogrid_api::job::Failure;
 use gogrid_api::names::CPU_DEVICE;
 use gogrid_api::node::ProfileInForce;
-use gogrid_api::profile::IoClass;
 use gogrid_api::{Bytes, effective_profile};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -31,29 +30,7 @@ const FETCHER: WorkerId = WorkerId::MAX;
 /// share before it has anything to do.
 pub(crate) fn first_manners() -> Result<Manners, EffectiveProfileError> {
     let none = BTreeMap::new();
-    effective_profile(&[], &none, None).map(|profile| manners(&profile.ceiling, 0))
-}
-
-/// Fetching can wait: where the profile asks for kindness at all, it is as kind as can be. Beside the workers' session it
-/// is one more that others share the machine with.
-fn manners(limits: &Limits, share_permille: u16) -> Manners {
-    Manners {
-        niceness: if limits.niceness.0 > 0 {
-            19
-        } else {
-            limits.niceness.0
-        },
-        io: io_priority(limits),
-        share_permille,
-    }
-}
-
-fn io_priority(limits: &Limits) -> IoPriority {
-    match limits.io_class {
-        IoClass::None => IoPriority::None,
-        IoClass::BestEffort => IoPriority::BestEffort(limits.io_level),
-        IoClass::Idle => IoPriority::Idle,
-    }
+    effective_profile(&[], &none, None).map(|profile| Manners::under(&profile.ceiling, 0))
 }
 
 /// What the workers of one device share, in permille of its time.
@@ -214,7 +191,7 @@ impl Owner {
                 batch_each(effective.limits.max_batch, workers).min(sequences)
             };
             let generation = work.limits.as_ref().map_or(1, |l| l.generation);
-            let mut limits = worker_limits(&effective.limits, generation, batch, threads);
+            let mut limits = WorkerLimits::under(&effective.limits, generation, batch, threads);
             if work.limits.as_ref() != Some(&limits) {
                 if work.limits.is_some() {
                     limits.generation = generation.saturating_add(1);
@@ -343,7 +320,7 @@ impl Owner {
     fn grant_fetcher(&mut self, wanted: u16, share: u16) {
         self.fetching = wanted;
         if let Some(node) = self.ceiling() {
-            self.tools.models.behave(manners(&node.ceiling, share));
+            self.tools.models.behave(Manners::under(&node.ceiling, share));
         }
     }
 
@@ -397,16 +374,5 @@ impl Owner {
             out.ended(FETCHER);
         }
         self.grant_fetcher(wanted, share);
-    }
-}
-
-fn worker_limits(limits: &Limits, generation: u64, max_batch: u16, threads: u16) -> WorkerLimits {
-    WorkerLimits {
-        generation,
-        niceness: limits.niceness.0,
-        io: io_priority(limits),
-        max_batch,
-        request_interval: nanos(limits.request_interval),
-        threads,
     }
 }

@@ -145,22 +145,12 @@ fn apply_to(thread: i32, limits: &WorkerLimits) -> io::Result<()> {
         Err(rustix::io::Errno::ACCESS | rustix::io::Errno::PERM) => {}
         result => result?,
     }
-    sys::set_io_priority(thread, number(limits.io))
+    sys::set_io_priority(thread, limits.io.number())
 }
 
-const CLASS_SHIFT: u32 = 13;
-
-/// The kernel's number of a priority: class << 13 | level.
-fn number(priority: IoPriority) -> i32 {
-    match priority {
-        IoPriority::None => 0,
-        IoPriority::BestEffort(level) => (2 << CLASS_SHIFT) | i32::from(level.min(7)),
-        IoPriority::Idle => 3 << CLASS_SHIFT,
-    }
-}
-
+/// What a number of the kernel's means.
 fn priority(number: i32) -> IoPriority {
-    match number >> CLASS_SHIFT {
+    match number >> 13 {
         2 => IoPriority::BestEffort(u8::try_from(number & 7).unwrap_or(7)),
         3 => IoPriority::Idle,
         _ => IoPriority::None,
@@ -188,7 +178,7 @@ mod tests {
             IoPriority::BestEffort(7),
             IoPriority::Idle,
         ] {
-            assert_eq!(priority(number(wanted)), wanted);
+            assert_eq!(priority(wanted.number()), wanted);
         }
     }
 

@@ -9,11 +9,13 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use gogrid_agent_core::fetch::Manners;
+use gogrid_agent_core::protocol::WorkerLimits;
 use gogrid_agent_core::shares::{Claim, batch_each, divide, permille};
 use gogrid_api::effective::Limits;
 use gogrid_api::profile::IoClass;
 use gogrid_tests::cgroups;
-use gogrid_tests::driver::{Feed, Node, Worker, manners, worker_limits};
+use gogrid_tests::driver::{Feed, Node, Worker};
 use gogrid_tests::fetching::Fetcher;
 use gogrid_tests::procfs;
 
@@ -27,6 +29,11 @@ const SEQUENCES: u16 = 4;
 const LONG: u32 = 400;
 /// Answers so short that only the request interval holds the next one back.
 const SHORT: u32 = 4;
+
+/// With the whole of the profile's batch.
+fn worker_limits(limits: &Limits, generation: u64, threads: u16) -> WorkerLimits {
+    WorkerLimits::under(limits, generation, limits.max_batch, threads)
+}
 
 fn enter(group: Option<&PathBuf>, pid: impl std::fmt::Display) -> Result<()> {
     group.map_or(Ok(()), |group| cgroups::enter(group, pid))
@@ -97,7 +104,7 @@ impl Guest {
             tokens: LONG,
             window: u64::from(SEQUENCES) * 2,
         }));
-        let mut fetcher = Fetcher::start(dir, manners(&limits, 0))?;
+        let mut fetcher = Fetcher::start(dir, Manners::under(&limits, 0))?;
         enter(idle.as_ref().or(place.pod.as_ref()), fetcher.pid())?;
         fetcher.obtain(&model.uri, &model.sha256)?;
         Ok(Self {
@@ -157,10 +164,10 @@ impl Guest {
         let share = |name| shares.iter().find(|(w, _)| *w == name).map_or(0, |(_, s)| *s);
         self.resident.share(share(1));
         match &self.newcomer {
-            Newcomer::Pulled => self.fetcher.behave(manners(&self.limits, share(2)))?,
+            Newcomer::Pulled => self.fetcher.behave(Manners::under(&self.limits, share(2)))?,
             Newcomer::Loading(worker) | Newcomer::Generating(worker, _) => {
                 worker.share(share(2));
-                self.fetcher.behave(manners(&self.limits, 0))?;
+                self.fetcher.behave(Manners::under(&self.limits, 0))?;
             }
         }
         Ok(())
