@@ -11,7 +11,6 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use gogrid_api::InferenceJob;
-use gogrid_testmodels::quant::TensorType;
 use gogrid_testmodels::random::RandomLlama;
 use gogrid_tests::cluster::{Cluster, ClusterOptions, on_runtime, program, record};
 use gogrid_tests::controlplane::ControlPlane;
@@ -142,19 +141,7 @@ fn a_worker_whose_setters_do_nothing_is_found_out() -> Result<()> {
 fn a_saturated_worker_uses_60_percent_of_its_threads_over_20_seconds() -> Result<()> {
     on_runtime(async {
         let cluster = cluster().await?;
-        let shape = RandomLlama {
-            seed: 1,
-            layers: 8,
-            hidden: 1024,
-            heads: 16,
-            kv_heads: 4,
-            head_dim: 64,
-            ffn: 3072,
-            vocab: 8192,
-            context: 4096,
-            tensor_type: TensorType::Q8_0,
-            tied: false,
-        };
+        let shape = RandomLlama::LARGE;
         let path = big_model_dir().join("big.gguf");
         shape.write_to(&path)?;
         ensure!(shape.weights() >= 100_000_000, "{} weights", shape.weights());

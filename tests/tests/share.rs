@@ -180,35 +180,28 @@ fn measure(dir: &Path, step: Step, workers: usize, percents: &[u16], span: Durat
     Ok(())
 }
 
-fn soak() -> bool {
+/// One share and kind of step within seconds, or all of them for long.
+fn try_shares(workers: usize, quick: (Step, u16)) -> Result<()> {
+    let dir = tempfile::tempdir()?;
     #[expect(clippy::disallowed_methods, reason = "asks how long the tests may take")]
-    std::env::var_os("GOGRID_SOAK").is_some()
+    let soak = std::env::var_os("GOGRID_SOAK").is_some();
+    if !soak {
+        return measure(dir.path(), quick.0, workers, &[quick.1], Duration::from_secs(11));
+    }
+    for (name, step) in [("short", Step::Short), ("long", Step::Long)] {
+        let dir = dir.path().join(name);
+        std::fs::create_dir(&dir)?;
+        measure(&dir, step, workers, &[60, 80, 95], Duration::from_secs(40))?;
+    }
+    Ok(())
 }
 
 #[test]
 fn one_worker_takes_its_share_and_no_more() -> Result<()> {
-    let dir = tempfile::tempdir()?;
-    if soak() {
-        for (name, step) in [("short", Step::Short), ("long", Step::Long)] {
-            let dir = dir.path().join(name);
-            std::fs::create_dir(&dir)?;
-            measure(&dir, step, 1, &[60, 80, 95], Duration::from_secs(40))?;
-        }
-        return Ok(());
-    }
-    measure(dir.path(), Step::Long, 1, &[80], Duration::from_secs(11))
+    try_shares(1, (Step::Long, 80))
 }
 
 #[test]
 fn two_workers_together_take_the_share_of_one() -> Result<()> {
-    let dir = tempfile::tempdir()?;
-    if soak() {
-        for (name, step) in [("short", Step::Short), ("long", Step::Long)] {
-            let dir = dir.path().join(name);
-            std::fs::create_dir(&dir)?;
-            measure(&dir, step, 2, &[60, 80, 95], Duration::from_secs(40))?;
-        }
-        return Ok(());
-    }
-    measure(dir.path(), Step::Short, 2, &[60], Duration::from_secs(11))
+    try_shares(2, (Step::Short, 60))
 }

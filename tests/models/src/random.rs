@@ -39,6 +39,23 @@ pub struct RandomLlama {
     pub tied: bool,
 }
 
+impl RandomLlama {
+    /// Over 100 million weights: one step of it is work for every core.
+    pub const LARGE: Self = Self {
+        seed: 1,
+        layers: 8,
+        hidden: 1024,
+        heads: 16,
+        kv_heads: 4,
+        head_dim: 64,
+        ffn: 3072,
+        vocab: 8192,
+        context: 4096,
+        tensor_type: TensorType::Q8_0,
+        tied: false,
+    };
+}
+
 impl Default for RandomLlama {
     fn default() -> Self {
         Self {

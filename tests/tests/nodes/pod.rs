@@ -1,7 +1,7 @@
 //! What the agent's pod may do, as the kernel says it and not as the chart does.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
 use gogrid_tests::chart;
@@ -16,6 +16,12 @@ use kube::api::{Api, DeleteParams};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::{LONG, on_real_nodes, submit, until_answering};
+
+/// Where the token of a process's pod lies, seen from outside.
+fn token(pid: u32) -> PathBuf {
+    let root = PathBuf::from(format!("/proc/{pid}/root"));
+    root.join("var/run/secrets/kubernetes.io/serviceaccount/token")
+}
 
 /// The line `key:` of a process's status.
 fn status(pid: u32, key: &str) -> Result<String> {
@@ -106,9 +112,8 @@ fn agent_pool_and_worker_have_no_capability_no_writable_root_and_a_system_call_f
                 ensure!(!path.exists(), "{} sees {secret}", process.command);
             }
         }
-        let token = "var/run/secrets/kubernetes.io/serviceaccount/token";
         ensure!(
-            Path::new(&format!("/proc/{}/root/{token}", agent.pid)).exists(),
+            token(agent.pid).exists(),
             "the check of tokens looks at the wrong place"
         );
 
@@ -175,11 +180,7 @@ fn the_token_in_an_agents_pod_writes_for_that_pods_node_and_for_no_other() -> Re
             let agent = one(&processes, "gogrid-agent --namespace")?;
             let of_operator = processes.iter().filter(|p| p.command.contains("gogrid-operator"));
             still.extend(of_operator.map(|p| p.pid).chain([agent.pid]));
-            let token = format!(
-                "/proc/{}/root/var/run/secrets/kubernetes.io/serviceaccount/token",
-                agent.pid
-            );
-            let token = std::fs::read_to_string(token)?;
+            let token = std::fs::read_to_string(token(agent.pid))?;
             agents.insert(
                 node.name().to_owned(),
                 control.client_for_token(token.trim()).await?,

@@ -23,7 +23,6 @@ use foreground::Kind;
 use gogrid_api::effective::Limits;
 use gogrid_api::profile::{IoClass, presets};
 use gogrid_api::{Millis, Niceness, Percent};
-use gogrid_testmodels::quant::TensorType;
 use gogrid_testmodels::random::RandomLlama;
 use gogrid_tests::server::{Body, serve};
 use gogrid_tests::share::{Samples, Verdict};
@@ -37,19 +36,7 @@ const ROUNDS: usize = 10;
 const SHARE_SPAN: Duration = Duration::from_secs(14);
 /// Bytes a second of the download: 200 Mbit/s. A faster one would measure what serving it costs this machine.
 const RATE: u64 = 25 << 20;
-const MODEL: RandomLlama = RandomLlama {
-    seed: 1,
-    layers: 8,
-    hidden: 1024,
-    heads: 16,
-    kv_heads: 4,
-    head_dim: 64,
-    ffn: 3072,
-    vocab: 8192,
-    context: 4096,
-    tensor_type: TensorType::Q8_0,
-    tied: false,
-};
+const MODEL: RandomLlama = RandomLlama::LARGE;
 
 /// Measures what GoGrid takes from whoever works at the same machine.
 #[derive(Parser)]
