@@ -7,7 +7,8 @@ cd "$(dirname "$0")/.."
 
 lanes=(
   "nodes idle"
-  "bad_input chart chart_values confinement controlplane crd_rules jobs life store_model"
+  "bad_input chart jobs life"
+  "chart_values confinement controlplane crd_rules store_model"
 )
 
 alone=()
