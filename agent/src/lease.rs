@@ -56,7 +56,7 @@ pub(crate) struct Keeper {
     node: String,
     name: String,
     session: Session,
-    former: Option<String>,
+    former: Vec<String>,
     /// The stored version last seen before the Lease was taken, and since when.
     seen: Option<(String, Nanos)>,
     timing: gogrid_api::LeaseTiming,
@@ -71,7 +71,7 @@ impl Keeper {
         client: Client,
         config: &Config,
         session: Session,
-        former: Option<String>,
+        former: Vec<String>,
     ) -> Self {
         Self {
             host,
@@ -166,13 +166,7 @@ impl Keeper {
         };
         self.seen = Some((mark, since));
         let unchanged = Millis(now.saturating_sub(since) / 1_000_000);
-        may_take(
-            Some(holder),
-            &self.session,
-            self.former.as_deref(),
-            unchanged,
-            self.timing,
-        )
+        may_take(Some(holder), &self.session, &self.former, unchanged, self.timing)
     }
 
     /// A Lease that is made gets its Node as owner, where that can be read; one that is there keeps what it has.

@@ -59,8 +59,8 @@ pub struct Agent {
     pub host: Arc<dyn Host>,
     /// This life of it.
     pub session: Session,
-    /// The session before it, of which nothing is left.
-    pub former: Option<String>,
+    /// Sessions before it, of which nothing is left.
+    pub former: Vec<String>,
     /// To the API server.
     pub clients: Clients,
     /// Where models come from.
@@ -90,7 +90,7 @@ impl Agent {
             config,
             host,
             session,
-            former: None,
+            former: vec![],
             clients,
             models,
             metrics,

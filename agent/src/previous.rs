@@ -12,6 +12,8 @@ use std::fs;
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 
+/// Most earlier sessions that are remembered.
+const MOST_FORMER: usize = 256;
 /// How long a killed process may take to go.
 const GONE_SECONDS: i64 = 10;
 
@@ -20,6 +22,9 @@ struct Listed {
     boot: String,
     #[serde(default)]
     session: String,
+    /// Sessions of this boot before it. The Lease may be one's of which several have begun since and never held it.
+    #[serde(default)]
+    former: Vec<String>,
     processes: Vec<Process>,
 }
 
@@ -97,12 +102,12 @@ pub(crate) fn lock(state_dir: &Path) -> Result<fs::File, PreviousError> {
 }
 
 impl Processes {
-    /// Ends what an earlier session left behind and begins an empty record. Returns how many were ended, and that session:
-    /// nothing of it is left.
+    /// Ends what an earlier session left behind and begins an empty record. Returns how many were ended, and the sessions
+    /// of this boot of which nothing is left.
     pub(crate) fn take_over(
         state_dir: &Path,
         session: &Session,
-    ) -> Result<(Self, usize, Option<String>), PreviousError> {
+    ) -> Result<(Self, usize, Vec<String>), PreviousError> {
         let boot = session.boot();
         let path = state_dir.join("processes.json");
         let failed = |source| PreviousError::Record {
@@ -114,8 +119,11 @@ impl Processes {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Listed::default(),
             Err(error) => return Err(failed(error)),
         };
-        let mut ended = 0;
+        let (mut ended, mut former) = (0, vec![]);
         if old.boot == boot {
+            former = old.former;
+            former.extend(Some(old.session).filter(|session| !session.is_empty()));
+            former.drain(..former.len().saturating_sub(MOST_FORMER));
             for process in old.processes {
                 ended += usize::from(end(process)?);
             }
@@ -125,11 +133,11 @@ impl Processes {
             listed: Listed {
                 boot: boot.to_owned(),
                 session: session.to_string(),
+                former: former.clone(),
                 processes: vec![],
             },
         };
         record.write().map_err(failed)?;
-        let former = Some(old.session).filter(|session| !session.is_empty());
         Ok((record, ended, former))
     }
 
@@ -214,11 +222,28 @@ mod tests {
         let mut child = std::process::Command::new("sleep").arg("600").spawn().unwrap();
         let old = Session::new("boot", "old");
         let (mut record, ended, former) = Processes::take_over(dir.path(), &old).unwrap();
-        assert_eq!((ended, former), (0, None));
+        assert_eq!((ended, former), (0, vec![]));
         record.add(child.id()).unwrap();
         let (_, ended, former) = Processes::take_over(dir.path(), &Session::new("boot", "new")).unwrap();
-        assert_eq!((ended, former), (1, Some("boot/old".into())));
+        assert_eq!((ended, former), (1, vec!["boot/old".to_owned()]));
         assert!(!child.wait().unwrap().success());
+    }
+
+    #[test]
+    fn sessions_that_began_and_never_held_the_lease_hide_none_before_them_until_the_machine_starts_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let former = |boot, instance: &str| {
+            Processes::take_over(dir.path(), &Session::new(boot, instance))
+                .unwrap()
+                .2
+        };
+        assert!(former("boot", "0").is_empty());
+        for n in 1..=300 {
+            assert!(former("boot", &n.to_string()).contains(&format!("boot/{}", n - 1)));
+        }
+        let known = former("boot", "last");
+        assert_eq!((known.len(), known[0].as_str()), (256, "boot/45"));
+        assert!(former("next", "0").is_empty());
     }
 
     #[test]
@@ -248,6 +273,7 @@ mod tests {
             let listed = Listed {
                 boot: boot.into(),
                 session: String::new(),
+                former: vec![],
                 processes: vec![Process { pid, start }],
             };
             fs::write(

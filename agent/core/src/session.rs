@@ -140,13 +140,13 @@ impl Renewals {
 
 /// Whether a session that begins may take the Lease from the one that holds it.
 ///
-/// It may where nothing of the holder can be left: it is `former`, whose processes in this state directory are gone; the
+/// It may where nothing of the holder can be left: it is one of `former`, whose processes in this state directory are gone; the
 /// machine was started since; or its Lease was seen `unchanged` for so long that its workers, which stood still at the
 /// fence, were killed after the hold as well. Otherwise they still take memory that would be given away a second time.
 pub fn may_take(
     holder: Option<&str>,
     session: &Session,
-    former: Option<&str>,
+    former: &[String],
     unchanged: Millis,
     timing: LeaseTiming,
 ) -> bool {
@@ -155,7 +155,7 @@ pub fn may_take(
     };
     let boot = holder.split_once('/').map_or(holder, |(boot, _)| boot);
     let killed = timing.replace_after().0.saturating_add(timing.fenced_hold().0);
-    Some(holder) == former || boot != session.boot || unchanged.0 > killed
+    former.iter().any(|former| former == holder) || boot != session.boot || unchanged.0 > killed
 }
 
 /// The order was written by a leader that has been followed by another.
@@ -194,22 +194,25 @@ mod tests {
     fn a_lease_is_taken_only_from_a_session_of_which_nothing_can_be_left() {
         let timing = LeaseTiming::default();
         let me = Session::new("boot", "me");
-        let take = |holder, former, unchanged| may_take(holder, &me, former, Millis(unchanged), timing);
-        assert!(take(None, None, 0) && take(Some(""), None, 0), "nobody's");
+        let take = |holder, former: &[&str]| {
+            let former: Vec<String> = former.iter().map(|&session| session.into()).collect();
+            may_take(holder, &me, &former, Millis(0), timing)
+        };
+        assert!(take(None, &[]) && take(Some(""), &[]), "nobody's");
         assert!(
-            take(Some("boot/a"), Some("boot/a"), 0),
+            take(Some("boot/a"), &["boot/a", "boot/b"]),
             "its processes were ended"
         );
-        assert!(take(Some("earlier/a"), None, 0), "the machine was started since");
-        assert!(!take(Some("boot/a"), None, 0), "it may live");
-        assert!(!take(Some("boot/a"), Some("boot/b"), 0), "somebody else's were");
+        assert!(take(Some("earlier/a"), &[]), "the machine was started since");
+        assert!(!take(Some("boot/a"), &[]), "it may live");
+        assert!(!take(Some("boot/a"), &["boot/b"]), "somebody else's were");
     }
 
     #[test]
     fn workers_that_stand_still_hold_memory_so_their_lease_is_taken_only_once_they_were_killed() {
         let timing = LeaseTiming::default();
         let me = Session::new("boot", "me");
-        let take = |unchanged| may_take(Some("boot/a"), &me, None, Millis(unchanged), timing);
+        let take = |unchanged| may_take(Some("boot/a"), &me, &[], Millis(unchanged), timing);
         assert!(!take(45_001), "they stand still");
         assert!(!take(645_000));
         assert!(take(645_001));

@@ -68,8 +68,8 @@ pub struct Node {
     pub agent: Option<Life>,
     /// Agents that another one was started beside.
     pub twins: Vec<Life>,
-    /// The session that a later agent knows to be gone, as the record in its state directory says.
-    former: Option<String>,
+    /// Sessions that a later agent knows to be gone, as the record in its state directory says.
+    former: Vec<String>,
     agents: watch::Sender<Option<Hub>>,
     kernel: Process,
     pool: JoinHandle<()>,
@@ -177,7 +177,7 @@ impl Cluster {
                 yard,
                 agent: None,
                 twins: vec![],
-                former: None,
+                former: vec![],
                 agents,
                 kernel,
                 pool,
@@ -333,7 +333,8 @@ impl Cluster {
         let (hub, events) = Hub::new();
         let known = session.to_string();
         let mut agent = Agent::new(config, host, session, clients, Arc::new(models), metrics, 4);
-        agent.former = node.former.replace(known);
+        agent.former.clone_from(&node.former);
+        node.former.push(known);
         let (end, own) = (process.clone(), hub.clone());
         process.begin(Box::pin(async move {
             let _: End = agent.run(own, events).await;
@@ -356,7 +357,7 @@ impl Cluster {
             node.agents = agents;
             node.twins.extend(node.agent.take());
             // It has a state directory of its own.
-            node.former = None;
+            node.former.clear();
             let task = serve(
                 node.yard.clone(),
                 node.kernel.clone(),
