@@ -42,6 +42,8 @@ soak: prepare controlplane build $(CARGO_AUDITABLE) ## What takes real time: lea
 	@GOGRID_SOAK=1 cargo test --workspace --features $(FEATURES) --no-fail-fast --test share --test edits --test page_cache -- --test-threads=1 --nocapture
 	$(call say,simulated clusters: 10 000 schedules)
 	@cargo run --release -p gogrid-tests --bin sim -- --seeds 10000
+	$(call say,1000 probes of a GPU driver that hang or crash - 20 minutes)
+	@GOGRID_SOAK=1 cargo test --workspace --features $(FEATURES) --test nvml -- --test-threads=1 --nocapture chaos
 	$(call say,images built in two folders - half an hour)
 	@PATH=$(CACHE)/tools/bin:$$PATH tests/reproducible.sh
 
@@ -55,6 +57,8 @@ controlplane:
 prometheus:
 	$(call say,promtool from a pinned Go module)
 	@tests/prometheus/build.sh >/dev/null
+	$(call say,the API types of five versions of Kubernetes)
+	@tests/schemas/build.sh >/dev/null
 
 # Only root can run them; everywhere else their tests say that they are skipped.
 nodes:

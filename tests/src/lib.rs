@@ -19,6 +19,7 @@ pub mod process;
 pub mod procfs;
 pub mod prometheus;
 pub mod rbac;
+pub mod schemas;
 pub mod server;
 pub mod share;
 pub mod sim;

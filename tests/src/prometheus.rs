@@ -7,25 +7,47 @@ use crate::wait::eventually;
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::Write as _;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 /// The directory with `promtool` and `prometheus`; the first call on a machine builds them, which takes minutes.
 pub fn binaries() -> Result<PathBuf> {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("prometheus/build.sh");
+    built_by("prometheus/build.sh")
+}
+
+/// The directory that a script beneath `tests` prints once what it builds is there.
+pub(crate) fn built_by(script: &str) -> Result<PathBuf> {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join(script);
     let built = Command::new(&script)
         .stdin(Stdio::null())
         .stderr(Stdio::inherit())
         .output()
         .with_context(|| format!("running {}", script.display()))?;
-    ensure!(built.status.success(), "building Prometheus failed; see above");
+    ensure!(built.status.success(), "{} failed; see above", script.display());
     let output = String::from_utf8(built.stdout)?;
     Ok(PathBuf::from(
         output.lines().last().context("the build printed no directory")?,
     ))
+}
+
+/// Runs a program that reads its standard input to the end before it says anything.
+pub(crate) fn with_input(mut command: Command, input: &str) -> Result<Output> {
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("running {}", command.get_program().display()))?;
+    child
+        .stdin
+        .take()
+        .context("no standard input")?
+        .write_all(input.as_bytes())?;
+    Ok(child.wait_with_output()?)
 }
 
 /// Runs promtool and returns what it said; an error with its words when it found fault.
@@ -47,21 +69,9 @@ pub fn promtool(args: &[&str]) -> Result<String> {
 
 /// What `promtool check metrics` says against what a program shows, as an error.
 pub fn check_metrics(shown: &str) -> Result<()> {
-    use std::io::Write as _;
-    let mut child = Command::new(binaries()?.join("promtool"))
-        .args(["check", "metrics"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .context("running promtool")?;
-    // It reads to the end before it says anything.
-    child
-        .stdin
-        .take()
-        .context("no standard input")?
-        .write_all(shown.as_bytes())?;
-    let ended = child.wait_with_output()?;
+    let mut command = Command::new(binaries()?.join("promtool"));
+    command.args(["check", "metrics"]);
+    let ended = with_input(command, shown)?;
     ensure!(
         ended.status.success(),
         "promtool check metrics: {}{}",

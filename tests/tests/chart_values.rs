@@ -7,12 +7,12 @@
     reason = "a test ends by panicking"
 )]
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use gogrid_reference::compare;
 use gogrid_tests::branches::Branches;
-use gogrid_tests::chart;
+use gogrid_tests::{chart, schemas};
 use serde_json::{Value, json};
 
 /// One thing that a set of values must bring about.
@@ -640,6 +640,40 @@ async fn names_follow_the_release_and_both_overrides() {
         let deployment = documents.iter().find(|o| o["kind"] == "Deployment").unwrap();
         assert_eq!(deployment["metadata"]["name"], wanted, "{release} {values}");
     }
+}
+
+#[tokio::test]
+async fn every_object_of_every_case_is_valid_for_every_kubernetes_from_1_32_to_1_36() {
+    let cases = [
+        cases_of_switches(),
+        cases_of_flavours(),
+        cases_of_agents(),
+        cases_of_both_kinds_of_pods(),
+    ];
+    let mut objects = BTreeMap::new();
+    for case in cases.iter().flatten() {
+        let rendered = chart::rendered(&case.values).await.unwrap();
+        objects.extend(rendered.iter().map(|object| (object.to_string(), object.clone())));
+    }
+    let mut objects: Vec<Value> = objects.into_values().collect();
+    // Others' groups, whose types no Kubernetes has, and what users add as they like.
+    objects.retain(|object| {
+        let version = object["apiVersion"].as_str();
+        version.is_some_and(|version| !version.starts_with("monitoring.coreos.com/"))
+    });
+    let said = schemas::check(&objects).unwrap();
+    let minors: Vec<&str> = said.keys().map(String::as_str).collect();
+    assert_eq!(minors, ["1.32", "1.33", "1.34", "1.35", "1.36"]);
+    assert!(
+        said.values()
+            .all(|said| *said == format!("{} objects", objects.len())),
+        "{said:?}"
+    );
+
+    let misspelt =
+        json!({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "a"}, "secretz": []});
+    let refused = schemas::check(&[misspelt]).unwrap_err().to_string();
+    assert!(refused.contains("unknown field \"secretz\""), "{refused}");
 }
 
 /// Every group, version and kind below is served, and not deprecated, in each of them.
