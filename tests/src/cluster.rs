@@ -12,7 +12,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use gogrid_api::{InferenceJob, condition};
-use kube::api::Api;
+use k8s_openapi::api::core::v1::ConfigMap;
+use kube::api::{Api, ObjectMeta, PostParams};
 use kube::{Client, ResourceExt as _};
 use serde_json::{Value, json};
 
@@ -327,6 +328,21 @@ impl Cluster {
     /// Creates a job from its spec.
     pub async fn create_job(&self, namespace: &str, name: &str, spec: Value) -> Result<InferenceJob> {
         jobs::create(&self.client, namespace, name, spec).await
+    }
+
+    /// Makes a ConfigMap of those records; returns what a job's `input` says of it.
+    pub async fn create_input(&self, namespace: &str, name: &str, lines: &[String]) -> Result<Value> {
+        let map = ConfigMap {
+            metadata: ObjectMeta {
+                name: Some(name.to_owned()),
+                ..ObjectMeta::default()
+            },
+            data: Some(BTreeMap::from([("input.jsonl".to_owned(), lines.join("\n"))])),
+            ..ConfigMap::default()
+        };
+        let maps: Api<ConfigMap> = Api::namespaced(self.client.clone(), namespace);
+        maps.create(&PostParams::default(), &map).await?;
+        Ok(json!({"configMapRef": {"name": name}}))
     }
 
     /// Waits until a job's condition of that type carries that reason, and returns the job.

@@ -336,21 +336,14 @@ fn a_malformed_record_fails_alone_with_its_line_number_and_max_failed_records_de
 fn a_result_too_large_for_a_config_map_and_one_that_would_overwrite_are_refused() -> Result<()> {
     on_runtime(async {
         let cluster = cluster().await?;
-        let maps: Api<ConfigMap> = Api::namespaced(cluster.client.clone(), "default");
-        let put = |name: &'static str, key: &'static str, text: String| {
-            let maps = maps.clone();
-            async move {
-                let map = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": {key: text}});
-                maps.patch(name, &PatchParams::apply("test"), &Patch::Apply(&map))
-                    .await
-            }
-        };
         let many: Vec<String> = (0..4500).map(|n| record(&format!("r{n}"), "Hi", 1)).collect();
-        put("many", "input.jsonl", many.join("\n")).await?;
         let mut large = spec(&[], "large")?;
-        large["input"] = json!({"configMapRef": {"name": "many"}});
+        large["input"] = cluster.create_input("default", "many", &many).await?;
         refused("large", large, "OutputTooLarge", &["bytes"]).await?;
-        put("theirs", "precious", "data".to_owned()).await?;
+        let maps: Api<ConfigMap> = Api::namespaced(cluster.client.clone(), "default");
+        let theirs = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "theirs"}, "data": {"precious": "data"}});
+        maps.patch("theirs", &PatchParams::apply("test"), &Patch::Apply(&theirs))
+            .await?;
         refused(
             "theirs",
             spec(&one_record(), "theirs")?,

@@ -134,6 +134,12 @@ impl Law {
         self.settings
     }
 
+    /// Nothing of ours is on the device any more, and nobody looks at it as often as the law needs: what was seen is
+    /// forgotten, so that the next job there meets neither an old load nor a sensor that seems lost.
+    pub fn forget(&mut self) {
+        *self = Self::new(self.settings);
+    }
+
     /// A profile was edited: new bounds hold at once, what was seen stays seen.
     pub fn set(&mut self, settings: Settings) {
         self.settings = settings;

@@ -5,6 +5,7 @@
 
 use super::Owner;
 use crate::clock::wall_seconds;
+use gogrid_agent_core::adaptive::Sample;
 use gogrid_agent_core::driver::{View, condition};
 use gogrid_agent_core::plan::Phase;
 use gogrid_agent_core::session::Nanos;
@@ -13,6 +14,7 @@ use gogrid_api::job::Failure;
 use gogrid_api::names::{CPU_DEVICE, DRIVER_NODE_LABEL, DRIVER_RELEASED};
 use gogrid_api::node::{Device, Health};
 use gogrid_api::{AssignmentSpec, Bytes, Condition};
+use std::collections::BTreeSet;
 
 impl Owner {
     /// All devices as they were measured, the CPU first.
@@ -37,6 +39,9 @@ impl Owner {
     /// The driver was looked at: devices may have come, gone or fallen ill.
     pub(super) fn driver_seen(&mut self, view: View, now: Nanos) {
         let before = self.driver.replace(view);
+        for (uuid, sample) in self.new_samples(before.as_ref()) {
+            self.sensed(&uuid, sample);
+        }
         let Some(view) = &self.driver else { return };
         for device in &view.devices {
             let of = |quantity: &gogrid_api::ByteQuantity| quantity.bytes().unwrap_or_default();
@@ -75,6 +80,26 @@ impl Owner {
         self.end_jobs_of_lost_devices();
         self.find_obstacles();
         self.set_caps();
+    }
+
+    /// What was measured of devices since that view.
+    fn new_samples(&self, before: Option<&View>) -> Vec<(String, Sample)> {
+        let seen = |uuid: &str| before.and_then(|view| view.loads.get(uuid)).map(|load| load.at);
+        let loads = self.driver.iter().flat_map(|view| &view.loads);
+        loads
+            .filter(|(uuid, load)| seen(uuid).is_none_or(|at| at < load.at))
+            .map(|(uuid, load)| (uuid.clone(), load.sample()))
+            .collect()
+    }
+
+    /// Devices of the driver that a job has.
+    pub(super) fn driver_devices_in_use(&self) -> BTreeSet<String> {
+        let live = |name: &str| self.jobs.get(name).is_some_and(|job| job.phase != Phase::Over);
+        self.work
+            .iter()
+            .filter(|(name, work)| live(name) && !work.device.is_empty() && work.device != CPU_DEVICE)
+            .map(|(_, work)| work.device.clone())
+            .collect()
     }
 
     /// Jobs on a device that is gone fail, and only those.
@@ -121,10 +146,7 @@ impl Owner {
 
     /// Tells the driver's thread which processes are ours, whether a job has one of its devices, and whether to let go.
     pub(super) fn tell_driver(&mut self) {
-        let busy = self.work.iter().any(|(name, work)| {
-            let over = self.jobs.get(name).is_none_or(|job| job.phase == Phase::Over);
-            !over && !work.device.is_empty() && work.device != CPU_DEVICE
-        });
+        let busy = !self.driver_devices_in_use().is_empty();
         let pids = self.pids.values().copied().collect();
         let label = self
             .labels

@@ -10,6 +10,7 @@ use gogrid_agent_core::session::Nanos;
 use gogrid_agent_core::shares::permille;
 use gogrid_api::assignment::Notice;
 use gogrid_api::effective::Limits;
+use gogrid_api::names::CPU_DEVICE;
 use gogrid_api::node::Enforcement;
 
 /// While a share climbs, it is granted anew in steps of this many permille.
@@ -79,8 +80,13 @@ impl Owner {
 
     /// Lets time pass for every law, and counts the turns of the nodes'.
     pub(super) fn breathe(&mut self, now: Nanos) {
+        let in_use = self.driver_devices_in_use();
         for (device, kept) in &mut self.laws {
             let Some(kept) = kept else { continue };
+            // The driver is asked seldom about devices that no job of ours is on.
+            if device != CPU_DEVICE && !in_use.contains(device) {
+                kept.law.forget();
+            }
             let before = kept.law.mood();
             kept.breathe(now);
             let mood = kept.law.mood();

@@ -96,7 +96,7 @@ pub enum Lost {
     Handle,
 }
 
-/// Something goes wrong at one of the first `within` calls of every process, chosen by seed and process id.
+/// Something goes wrong at one of every `within` calls of a process, chosen by seed and process id.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Chaos {

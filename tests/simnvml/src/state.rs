@@ -26,7 +26,7 @@ const PART_BITS: u32 = 8;
 static READ: Mutex<Option<(SystemTime, u64, Scenario)>> = Mutex::new(None);
 /// 0: not initialised; else the number of resets at initialisation, plus one.
 static INITIALISED: AtomicU64 = AtomicU64::new(0);
-/// Calls made so far.
+/// Calls made under the scenario as last read.
 static CALLS: AtomicU64 = AtomicU64::new(0);
 
 fn path() -> Option<PathBuf> {
@@ -50,6 +50,7 @@ fn scenario() -> Option<Scenario> {
     }
     let scenario: Scenario = serde_json::from_slice(&fs::read(&path).ok()?).ok()?;
     *read = Some((at, file, scenario.clone()));
+    CALLS.store(0, Ordering::Relaxed);
     Some(scenario)
 }
 
@@ -75,7 +76,8 @@ fn chaos(scenario: &Scenario, call: u64) -> Option<nvmlReturn_t> {
         mixed ^= mixed >> 31;
         mixed = mixed.wrapping_mul(0x9E37_79B9_7F4A_7C15);
     }
-    if call != mixed % chaos.within.max(1) {
+    let within = chaos.within.max(1);
+    if call % within != mixed % within {
         return None;
     }
     match (mixed >> 40) % 8 {

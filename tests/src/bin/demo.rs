@@ -11,9 +11,8 @@ use gogrid_tests::cluster::{Cluster, ClusterOptions, NAMESPACE, answer, reposito
 use gogrid_tests::controlplane::{ControlPlane, ControlPlaneOptions};
 use gogrid_tests::jobs::{Questions, model_root, sha256};
 use gogrid_tests::wait::eventually;
-use k8s_openapi::api::core::v1::ConfigMap;
 use kube::ResourceExt as _;
-use kube::api::{Api, Patch, PatchParams};
+use kube::api::Api;
 use serde_json::{Value, json};
 
 /// On a machine that is busy with other things a courteous worker takes its time.
@@ -187,13 +186,10 @@ fn summary(job: &InferenceJob) -> String {
 async fn profile_edit(cluster: &Cluster) -> Result<()> {
     step("A profile edited under a running job: default becomes as strict as conservative");
     let questions = Questions::new(7, LONG_JOB);
-    let maps: Api<ConfigMap> = Api::namespaced(cluster.client.clone(), "default");
-    let input = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "long-input"},
-        "data": {"input.jsonl": questions.lines().join("\n")}});
-    maps.patch("long-input", &PatchParams::apply("demo"), &Patch::Apply(&input))
-        .await?;
     let mut spec = gogrid_tests::jobs::spec(&[], "long-output")?;
-    spec["input"] = json!({"configMapRef": {"name": "long-input"}});
+    spec["input"] = cluster
+        .create_input("default", "long-input", &questions.lines())
+        .await?;
     let job = cluster.create_job("default", "long-job", spec).await?;
     let job = cluster
         .until(&job, "the long job to be Loaded", LONG, |job| {

@@ -2,16 +2,17 @@
 
 use std::path::PathBuf;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use gogrid_api::node::{Device, Health};
-use gogrid_api::{Condition, GpuNode, GpuNodeStatus, InferenceJob, condition, names};
+use gogrid_api::{Bytes, Condition, GpuNode, GpuNodeStatus, InferenceJob, ResourceProfile, condition, names};
 use gogrid_simnvml::{Lost, SCENARIO_VARIABLE, Scenario};
 use gogrid_tests::cluster::{Cluster, ClusterOptions, on_runtime};
 use gogrid_tests::controlplane::ControlPlane;
 use gogrid_tests::jobs::{Questions, spec};
 use gogrid_tests::procfs;
+use gogrid_tests::prometheus::get;
 use gogrid_tests::wait::{eventually, throughout};
 use kube::api::{Patch, PatchParams};
 use kube::{Api, ResourceExt as _};
@@ -26,6 +27,7 @@ const LONG: Duration = Duration::from_secs(120);
 pub(crate) struct Bench {
     pub(crate) cluster: Cluster,
     pub(crate) node: String,
+    metrics: u16,
     dir: tempfile::TempDir,
 }
 
@@ -44,11 +46,14 @@ impl Bench {
         options.lease_seconds = lease_seconds;
         options.agent_args = vec!["--nvml-library".into(), library()?.display().to_string()];
         options.agent_args.extend(args.iter().map(|&arg| arg.to_owned()));
+        let metrics = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?;
+        options.metrics.insert(node.to_owned(), metrics);
         options.agent_env = vec![(SCENARIO_VARIABLE.into(), path.display().to_string())];
         let cluster = Cluster::start(ControlPlane::shared().await?, options).await?;
         Ok(Self {
             cluster,
             node: node.to_owned(),
+            metrics: metrics.port(),
             dir,
         })
     }
@@ -110,6 +115,83 @@ impl Bench {
             .find(|p| p.parent == agent && p.command.contains("probe-nvml"))
             .map(|p| p.pid))
     }
+}
+
+#[test]
+fn sixteen_cards_with_calls_of_4_ms_are_all_listed_at_under_1_percent_of_a_core() -> Result<()> {
+    on_runtime(async {
+        let mut scenario = Scenario::cards(16);
+        scenario.slow_millis = 4;
+        scenario.devices[15].lost = Lost::Calls;
+        // Leases and rounds at the pace of production.
+        let bench = Bench::start("sixteen", &scenario, 40, &[]).await?;
+        let devices = bench
+            .until_devices("15 cards as measured", |d| {
+                d.len() == 15 && d.iter().all(|d| d.memory_total.bytes() == Ok(Bytes(24 << 30)))
+            })
+            .await?;
+        for (index, device) in devices.iter().enumerate() {
+            ensure!(device.uuid.starts_with(&format!("GPU-{index:08x}")), "{device:?}");
+            ensure!(
+                device.name == "NVIDIA GeForce RTX 4090"
+                    && device.compute_capability.as_deref() == Some("8.9")
+            );
+            ensure!(
+                device.memory_reserved.bytes()? == Bytes(1 << 30)
+                    && device.memory_foreign.bytes()? == Bytes(2 << 30)
+            );
+            ensure!(device.memory_free.bytes()? == Bytes(21 << 30));
+            // No build has a CUDA worker yet: shown, and never used.
+            ensure!(device.health == Health::Unhealthy);
+            ensure!(
+                device.message.as_deref() == Some("this build has no CUDA worker"),
+                "{device:?}"
+            );
+        }
+        let found = bench.until_driver("DevicesLost").await?;
+        ensure!(
+            found.message.contains("GPU 15") && found.message.contains("580.95.05"),
+            "{found:?}"
+        );
+        // The lost card comes back: seen by a driver that is loaded anew.
+        let log = bench.path().with_file_name("calls");
+        scenario.devices[15].lost = Lost::No;
+        scenario.calls = Some(log.clone());
+        bench.set(&scenario)?;
+        bench.until_devices("16 cards", |d| d.len() == 16).await?;
+        bench.until_driver("DriverAnswers").await?;
+
+        let (agent, probe) = (bench.agent()?, bench.probe()?.context("no probe runs")?);
+        let ticks = || anyhow::Ok((procfs::cpu_ticks(agent)?, procfs::cpu_ticks(probe)?));
+        std::fs::write(&log, "")?;
+        let (began, before) = (Instant::now(), ticks()?);
+        // One round at least, wherever it begins.
+        tokio::time::sleep(Duration::from_secs(12)).await;
+        let (seconds, after) = (began.elapsed().as_secs_f64(), ticks()?);
+        let calls = std::fs::read_to_string(&log)?;
+        let percent = |ticks: i64| anyhow::Ok(f64::from(i32::try_from(ticks)?) / seconds);
+        let (of_agent, of_probe) = (percent(after.0 - before.0)?, percent(after.1 - before.1)?);
+        let count = |wanted: fn(&str) -> bool| calls.lines().filter(|line| wanted(line)).count();
+        let memory = count(|call| call == "nvmlDeviceGetMemoryInfo_v2");
+        let lists = count(|call| call.contains("Processes") || call.contains("ProcessUtil"));
+        let kib = procfs::resident_kib(agent)?;
+        println!(
+            "16 cards over {seconds:.1} s: agent {of_agent:.2} %, probe {of_probe:.2} % of a core; agent {kib} KiB, probe {} \
+             KiB resident; {memory} memory calls, {lists} process lists",
+            procfs::resident_kib(probe)?
+        );
+        // Debug builds, and both together.
+        ensure!(
+            of_agent + of_probe <= 1.0,
+            "{of_agent:.2} % and {of_probe:.2} % of a core"
+        );
+        ensure!(
+            (16..=16 * 2).contains(&memory) && lists == 0,
+            "{memory} memory calls, {lists} lists"
+        );
+        ensure!(kib <= 30 << 10, "{kib} KiB");
+        Ok(())
+    })
 }
 
 #[test]
@@ -302,5 +384,74 @@ fn a_card_lost_under_a_job_ends_only_that_job_which_goes_on_when_the_card_is_bac
         ensure!(condition::is_true(&status.conditions, "Succeeded"), "{status:?}");
         questions.right(&bench.cluster.results(&job).await?)?;
         Ok(())
+    })
+}
+
+#[test]
+fn a_job_yields_to_others_on_its_card_has_its_share_again_afterwards_and_yields_to_heat() -> Result<()> {
+    on_runtime(async {
+        let mut scenario = Scenario::cards(1);
+        let args = ["--driver-second-millis", "100", "--cuda-on-cpu"];
+        let bench = Bench::start("yielding", &scenario, 4, &args).await?;
+        let profiles: Api<ResourceProfile> = Api::all(bench.cluster.client.clone());
+        let adaptive = json!({"mode": "ForeignLoad", "foreignLoadPercent": 20, "floorPercent": 5});
+        let patch = Patch::Merge(json!({"spec": {"adaptive": adaptive}}));
+        profiles
+            .patch("conservative", &PatchParams::default(), &patch)
+            .await?;
+        let mut spec = spec(&[], "yields")?;
+        let lines = Questions::new(43, 4000).lines();
+        spec["input"] = bench.cluster.create_input("default", "yields", &lines).await?;
+        spec["placement"] = json!({"cpuFallback": "Never"});
+        let job = bench.cluster.create_job("default", "yields", spec).await?;
+        bench
+            .cluster
+            .until_reason(&job, "Succeeded", "Running", LONG)
+            .await?;
+        let uuid = scenario.devices[0].part.uuid.clone();
+        let share = |what: &'static str, wanted: f64| {
+            let name = format!("gogrid_device_share_ratio{{device=\"{uuid}\"}}");
+            let bench = &bench;
+            async move {
+                let seen = || async {
+                    let shown = get(bench.metrics, "/metrics").await?;
+                    let value = shown.lines().find_map(|line| line.strip_prefix(name.as_str()));
+                    let value: f64 = value.context("no share")?.trim().parse()?;
+                    ensure!((value - wanted).abs() < 0.005, "{value}");
+                    Ok(())
+                };
+                eventually(SOON, what, seen).await
+            }
+        };
+        share("the whole share", 0.6).await?;
+
+        // Somebody starts a game.
+        let game = gogrid_simnvml::Process {
+            pid: 1,
+            bytes: Some(1 << 30),
+            busy: 95,
+        };
+        scenario.devices[0].part.processes = vec![game];
+        scenario.devices[0].part.busy = Some(100);
+        bench.set(&scenario)?;
+        let yields = |job: &InferenceJob| {
+            let status = job.status.clone().unwrap_or_default();
+            let throttled = condition::find(&status.conditions, "Throttled").context("not throttled")?;
+            ensure!(throttled.reason == "ForeignLoad", "{throttled:?}");
+            Ok(())
+        };
+        bench
+            .cluster
+            .until(&job, "the job to be Throttled", LONG, yields)
+            .await?;
+        share("the floor", 0.05).await?;
+        scenario.devices[0].part.processes.clear();
+        bench.set(&scenario)?;
+        share("the whole share after the game", 0.6).await?;
+
+        // SW_THERMAL_SLOWDOWN, though nobody else is there.
+        scenario.devices[0].part.throttle = 0x20;
+        bench.set(&scenario)?;
+        share("the floor of a hot card", 0.05).await
     })
 }

@@ -7,6 +7,7 @@
 )]
 
 mod agent;
+mod chaos;
 mod probe;
 
 use std::path::{Path, PathBuf};

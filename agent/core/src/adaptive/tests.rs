@@ -430,6 +430,26 @@ fn an_edited_profile_holds_at_once_and_forgets_nothing() {
 }
 
 #[test]
+fn what_is_forgotten_is_neither_an_old_load_nor_a_lost_sensor() {
+    let mut law = Law::new(settings(600));
+    let load = |at| Sample {
+        at,
+        foreign: Some(950),
+        strained: false,
+    };
+    law.observe(load(SECOND));
+    law.observe(load(2 * SECOND));
+    assert_eq!((law.share(2 * SECOND), law.mood()), (50, Mood::Yielding));
+    law.forget();
+    // Long after the last sample: nobody looked, nothing was lost.
+    assert_eq!((law.share(60 * SECOND), law.mood()), (600, Mood::Unsensed));
+    law.observe(load(61 * SECOND));
+    assert_eq!(law.share(61 * SECOND), 600);
+    law.observe(load(62 * SECOND));
+    assert_eq!(law.share(62 * SECOND), 50);
+}
+
+#[test]
 fn a_sample_that_comes_late_changes_nothing() {
     let mut law = Law::new(settings(600));
     law.observe(Sample {

@@ -5,6 +5,7 @@
 
 pub mod watch;
 
+use crate::adaptive::Sample;
 use gogrid_api::node::Device;
 use gogrid_api::{Bytes, ConditionStatus};
 use serde::{Deserialize, Serialize};
@@ -191,6 +192,20 @@ pub struct Load {
     pub foreign: Option<Bytes>,
 }
 
+impl Load {
+    /// What the adaptive law is told of it. Heat harms the person at the machine whoever makes it; the power limit is
+    /// where a device that works alone runs, so it counts only while others use the device too.
+    pub fn sample(&self) -> Sample {
+        let foreign = self.foreign_busy_percent.map(|percent| u16::from(percent) * 10);
+        let Throttle { thermal, power } = self.throttle.unwrap_or_default();
+        Sample {
+            at: self.at,
+            foreign,
+            strained: thermal || (power && foreign.is_some_and(|foreign| foreign > 0)),
+        }
+    }
+}
+
 /// The driver as a condition of the node: status, reason and message.
 pub fn condition(state: &DriverState) -> (ConditionStatus, &'static str, String) {
     match state {
@@ -305,6 +320,27 @@ mod tests {
             view(answering).lost("GPU-a").as_deref(),
             Some("device GPU-a: it fell off the bus")
         );
+    }
+
+    #[test]
+    fn heat_always_strains_a_device_and_its_power_limit_only_beside_others_load() {
+        let load = |foreign_busy_percent, thermal, power| Load {
+            at: 7,
+            busy_percent: Some(100),
+            foreign_busy_percent,
+            celsius: Some(90),
+            throttle: Some(Throttle { thermal, power }),
+            used: Bytes(1),
+            foreign: None,
+        };
+        let strained = |foreign, thermal, power| load(foreign, thermal, power).sample().strained;
+        assert!(strained(Some(0), true, false) && strained(None, true, false));
+        assert!(!strained(Some(0), false, true) && !strained(None, false, true));
+        assert!(strained(Some(1), false, true));
+        assert!(!strained(Some(100), false, false));
+        let sample = load(Some(35), false, false).sample();
+        assert_eq!((sample.at, sample.foreign), (7, Some(350)));
+        assert_eq!(load(None, false, false).sample().foreign, None);
     }
 
     #[test]
