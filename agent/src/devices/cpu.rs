@@ -16,8 +16,11 @@ const GIB: u64 = 1 << 30;
 
 /// Measures the CPU device for ever. `limit` is the workers' own memory limit, where they have another than the agent.
 pub(crate) async fn measure(reserve: Option<Bytes>, limit: Option<Bytes>, hub: Hub) {
+    // Writing /proc/cpuinfo costs the kernel a look at every core.
+    let name = model_name(&fs::read_to_string("/proc/cpuinfo").unwrap_or_default());
     loop {
-        match tokio::task::spawn_blocking(move || cpu(reserve, limit)).await {
+        let name = name.clone();
+        match tokio::task::spawn_blocking(move || cpu(name, reserve, limit)).await {
             Ok(device) => hub.send(Event::Devices(Backend::Cpu, vec![device])).await,
             Err(error) => tracing::error!(%error, "measuring the CPU device ended"),
         }
@@ -58,8 +61,7 @@ fn cgroup_limit() -> Option<u64> {
     lowest
 }
 
-fn model_name() -> String {
-    let text = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+fn model_name(text: &str) -> String {
     let name = text
         .lines()
         .find_map(|l| l.strip_prefix("model name")?.split_once(':'));
@@ -71,7 +73,7 @@ fn model_name() -> String {
     if name.is_empty() { "CPU".into() } else { name }
 }
 
-fn cpu(reserve: Option<Bytes>, limit: Option<Bytes>) -> Device {
+fn cpu(name: String, reserve: Option<Bytes>, limit: Option<Bytes>) -> Device {
     let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let machine = meminfo(&text, "MemTotal");
     let available = meminfo(&text, "MemAvailable");
@@ -82,7 +84,7 @@ fn cpu(reserve: Option<Bytes>, limit: Option<Bytes>) -> Device {
         .min(total);
     Device {
         uuid: CPU_DEVICE.into(),
-        name: model_name(),
+        name,
         backend: Backend::Cpu,
         memory_total: Bytes(total).into(),
         memory_reserved: Bytes(reserved).into(),
