@@ -4,8 +4,9 @@
 
 mod table;
 
-pub use table::GRANTS;
+pub use table::{GRANTS, HELM_TEST, OBSERVED};
 
+use crate::controlplane::AuditEvent;
 use anyhow::{Context as _, Result, ensure};
 use gogrid_reference::heading;
 use serde_json::Value;
@@ -73,19 +74,73 @@ pub fn listed() -> BTreeSet<Right> {
     GRANTS.iter().flat_map(Grant::rights).collect()
 }
 
-/// Those that the recorded run uses each time.
-pub fn used_by_the_run() -> BTreeSet<Right> {
-    let used = GRANTS.iter().filter(|grant| grant.test == table::USED);
-    used.flat_map(Grant::rights).collect()
+/// What was seen of rights in a run, if it used all that name it as their test and was refused nothing.
+///
+/// # Errors
+/// The rights that nothing used, or the requests that were refused.
+pub fn check(requests: &[AuditEvent], namespace: &str, (_, test): (&str, &str)) -> Result<String> {
+    let (used, refused) = used(requests, namespace);
+    ensure!(refused.is_empty(), "refused: {refused:#?}");
+    let needed: BTreeSet<Right> = GRANTS
+        .iter()
+        .filter(|grant| grant.test.1 == test)
+        .flat_map(Grant::rights)
+        .collect();
+    let idle: Vec<&Right> = needed.difference(&used).collect();
+    ensure!(idle.is_empty(), "granted and not used: {idle:#?}");
+    Ok(format!(
+        "{} requests, none of GoGrid's accounts' refused; {} of {} rights used",
+        requests.len(),
+        listed().intersection(&used).count(),
+        listed().len()
+    ))
+}
+
+/// The rights of GoGrid's accounts that these requests used, and the requests that were refused.
+fn used<'e>(requests: &'e [AuditEvent], namespace: &str) -> (BTreeSet<Right>, Vec<&'e AuditEvent>) {
+    let prefix = format!("system:serviceaccount:{namespace}:gogrid-");
+    let (mut used, mut refused) = (BTreeSet::new(), vec![]);
+    for request in requests {
+        let Some(account) = request.user.strip_prefix(&prefix) else {
+            continue;
+        };
+        if request.code == 403 {
+            refused.push(request);
+        }
+        let resource = match request.subresource.as_str() {
+            "" => request.resource.clone(),
+            sub => format!("{}/{sub}", request.resource),
+        };
+        let mut verbs = vec![request.verb.clone()];
+        // Applying what is not there is authorised as a creation too.
+        if request.verb == "patch" && request.code == 201 {
+            verbs.push("create".into());
+        }
+        let places: &[Place] = match request.namespace.as_str() {
+            "kube-system" => &[Place::Leader, Place::Everywhere],
+            own if own == namespace => &[Place::Own, Place::Everywhere],
+            _ => &[Place::Everywhere],
+        };
+        for verb in verbs {
+            used.extend(places.iter().map(|place| Right {
+                account: account.to_owned(),
+                place: *place,
+                group: request.group.clone(),
+                resource: resource.clone(),
+                verb: verb.clone(),
+            }));
+        }
+    }
+    (used, refused)
 }
 
 /// The page about them.
 pub fn page() -> String {
     let mut page = heading("Rights of GoGrid's accounts", "tests/src/rbac.rs");
     page += "Every right that the chart grants is in this table, and nothing else is granted. The recorded run of the operator and\n\
-             its agents in `tests/tests/observed` uses every right whose test it is, and is refused nothing. The others are\n\
-             used where an answer was lost, and by `helm test`, whose account is `trial`. All agents share one account; an\n\
-             admission policy confines each to its own node.\n\n\
+             its agents in `tests/tests/observed` and the `helm test` on real nodes, whose account is `trial`, together use\n\
+             every one of them and are refused nothing. All agents share one account; an admission policy confines each to\n\
+             its own node.\n\n\
              | account | where | resource | verbs | what for | code | test |\n| --- | --- | --- | --- | --- | --- | --- |\n";
     for grant in GRANTS {
         let place = match grant.place {

@@ -1,4 +1,4 @@
-//! Faults for tests: a worker whose device computes for very long without a look at anything.
+//! Faults for tests: a worker whose device computes for very long without a look at anything, or one that needs no permit.
 //!
 //! Owns: the flag and the spinning. Built only with the `faults` feature; must not touch grants or messages.
 
@@ -11,23 +11,30 @@ use std::sync::OnceLock;
 pub(crate) enum Fault {
     /// Every step of the batch computes this many milliseconds longer, as one kernel would.
     KernelMillis(u64),
+    /// It computes whether its grant allows it or not.
+    Heedless,
 }
 
 impl FromStr for Fault {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
+        if text == "heedless" {
+            return Ok(Self::Heedless);
+        }
         text.strip_prefix("kernel-millis=")
             .and_then(|n| n.parse().ok())
             .map(Self::KernelMillis)
-            .ok_or_else(|| format!("{text:?} must be kernel-millis=N"))
+            .ok_or_else(|| format!("{text:?} must be kernel-millis=N or heedless"))
     }
 }
 
 impl std::fmt::Display for Fault {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self::KernelMillis(n) = self;
-        write!(f, "kernel-millis={n}")
+        match self {
+            Self::KernelMillis(n) => write!(f, "kernel-millis={n}"),
+            Self::Heedless => f.write_str("heedless"),
+        }
     }
 }
 
@@ -38,6 +45,11 @@ impl Fault {
     pub(crate) fn set(self) {
         FAULT.get_or_init(|| self);
     }
+}
+
+/// Whether grants mean nothing.
+pub(crate) fn heedless() -> bool {
+    FAULT.get() == Some(&Fault::Heedless)
 }
 
 /// Computes for as long as a slow kernel would; the caller holds a permit.

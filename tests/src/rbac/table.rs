@@ -4,20 +4,13 @@ use super::{Grant, Place};
 
 const GOGRID: &str = "gogrid.dev";
 const LEASES: &str = "coordination.k8s.io";
-/// The recorded run.
-pub(super) const USED: (&str, &str) = (
+/// The recorded run of operator and agents.
+pub const OBSERVED: (&str, &str) = (
     "tests/tests/observed/main.rs",
     "induced_faults_fire_and_clear_their_alerts_and_the_run_uses_every_right",
 );
-const OPERATOR_WORK: (&str, &str) = (
-    "tests/tests/confinement/main.rs",
-    "the_operator_has_the_rights_for_its_work_and_none_beyond",
-);
-const AGENT_WRITES: (&str, &str) = (
-    "tests/tests/confinement/main.rs",
-    "an_agent_writes_for_its_own_node_and_for_no_other",
-);
-const HELM_TEST: (&str, &str) = (
+/// The chart's own test on real nodes.
+pub const HELM_TEST: (&str, &str) = (
     "tests/tests/nodes/install.rs",
     "helm_test_runs_a_real_job_and_prints_every_nodes_devices",
 );
@@ -40,7 +33,7 @@ pub const GRANTS: &[Grant] = &[
         "inferencejobs",
         ["list", "watch"],
         OBSERVE,
-        USED,
+        OBSERVED,
         "sees jobs"
     ),
     grant!(
@@ -50,7 +43,7 @@ pub const GRANTS: &[Grant] = &[
         "inferencejobs",
         ["get"],
         ("operator/src/apply.rs", "ensure_gone"),
-        USED,
+        OBSERVED,
         "makes sure that a job is gone before its things are deleted"
     ),
     grant!(
@@ -60,7 +53,7 @@ pub const GRANTS: &[Grant] = &[
         "inferencejobs",
         ["delete"],
         ("operator/src/apply.rs", "run"),
-        USED,
+        OBSERVED,
         "deletes a finished job when its time to live is over"
     ),
     grant!(
@@ -70,7 +63,7 @@ pub const GRANTS: &[Grant] = &[
         "inferencejobs/status",
         ["patch"],
         ("operator/src/apply.rs", "write_status"),
-        USED,
+        OBSERVED,
         "writes what became of a job; tries the fence rules in a dry run"
     ),
     grant!(
@@ -80,7 +73,7 @@ pub const GRANTS: &[Grant] = &[
         "resourceprofiles",
         ["list", "watch"],
         OBSERVE,
-        USED,
+        OBSERVED,
         "sees profiles"
     ),
     grant!(
@@ -90,7 +83,7 @@ pub const GRANTS: &[Grant] = &[
         "resourceprofiles",
         ["get", "create"],
         ("operator/src/apply.rs", "create_absent_profiles"),
-        USED,
+        OBSERVED,
         "creates presets that are absent"
     ),
     grant!(
@@ -100,7 +93,7 @@ pub const GRANTS: &[Grant] = &[
         "resourceprofiles/status",
         ["patch"],
         ("operator/src/apply.rs", "write_profile"),
-        USED,
+        OBSERVED,
         "says where a profile is in force"
     ),
     grant!(
@@ -110,7 +103,7 @@ pub const GRANTS: &[Grant] = &[
         "gpunodes",
         ["list", "watch"],
         OBSERVE,
-        USED,
+        OBSERVED,
         "sees devices and models"
     ),
     grant!(
@@ -120,7 +113,7 @@ pub const GRANTS: &[Grant] = &[
         "nodes",
         ["list", "watch"],
         OBSERVE,
-        USED,
+        OBSERVED,
         "sees labels, taints and cordons"
     ),
     grant!(
@@ -130,7 +123,7 @@ pub const GRANTS: &[Grant] = &[
         "priorityclasses",
         ["list", "watch"],
         OBSERVE,
-        USED,
+        OBSERVED,
         "sees priorities"
     ),
     grant!(
@@ -140,7 +133,7 @@ pub const GRANTS: &[Grant] = &[
         "configmaps",
         ["get"],
         ("operator/src/apply.rs", "stage"),
-        USED,
+        OBSERVED,
         "reads an input by the name in the job"
     ),
     grant!(
@@ -150,7 +143,7 @@ pub const GRANTS: &[Grant] = &[
         "configmaps",
         ["create"],
         ("operator/src/publish.rs", "publish"),
-        USED,
+        OBSERVED,
         "publishes a result"
     ),
     grant!(
@@ -160,7 +153,7 @@ pub const GRANTS: &[Grant] = &[
         "configmaps",
         ["patch"],
         ("operator/src/apply.rs", "stage"),
-        USED,
+        OBSERVED,
         "stages inputs; publishes a result again after a crash"
     ),
     grant!(
@@ -170,7 +163,7 @@ pub const GRANTS: &[Grant] = &[
         "events",
         ["create"],
         ("operator/src/apply.rs", "write_status"),
-        USED,
+        OBSERVED,
         "tells people"
     ),
     grant!(
@@ -180,7 +173,7 @@ pub const GRANTS: &[Grant] = &[
         "customresourcedefinitions",
         ["get"],
         ("operator/src/probe.rs", "crds"),
-        USED,
+        OBSERVED,
         "refuses to lead on CRDs that are older than it"
     ),
     grant!(
@@ -190,7 +183,7 @@ pub const GRANTS: &[Grant] = &[
         "assignments",
         ["list", "watch"],
         OBSERVE,
-        USED,
+        OBSERVED,
         "sees how orders go"
     ),
     grant!(
@@ -200,7 +193,7 @@ pub const GRANTS: &[Grant] = &[
         "assignments",
         ["create"],
         ("operator/src/apply.rs", "create"),
-        USED,
+        OBSERVED,
         "orders a run or a look at a model"
     ),
     grant!(
@@ -210,7 +203,7 @@ pub const GRANTS: &[Grant] = &[
         "assignments",
         ["get"],
         ("operator/src/apply.rs", "run"),
-        OPERATOR_WORK,
+        OBSERVED,
         "looks for an order that seems lost, or at one that is there already: the answer to its creation was lost"
     ),
     grant!(
@@ -220,7 +213,7 @@ pub const GRANTS: &[Grant] = &[
         "assignments",
         ["patch"],
         ("operator/src/apply.rs", "stop"),
-        USED,
+        OBSERVED,
         "stops a run"
     ),
     grant!(
@@ -230,7 +223,7 @@ pub const GRANTS: &[Grant] = &[
         "assignments",
         ["delete"],
         ("operator/src/apply.rs", "run"),
-        USED,
+        OBSERVED,
         "cleans up after a job"
     ),
     grant!(
@@ -240,7 +233,7 @@ pub const GRANTS: &[Grant] = &[
         "configmaps",
         ["list", "delete"],
         ("operator/src/apply.rs", "delete_inputs"),
-        USED,
+        OBSERVED,
         "deletes staged inputs"
     ),
     grant!(
@@ -250,7 +243,7 @@ pub const GRANTS: &[Grant] = &[
         "leases",
         ["list", "watch"],
         OBSERVE,
-        USED,
+        OBSERVED,
         "sees heartbeats"
     ),
     grant!(
@@ -260,7 +253,7 @@ pub const GRANTS: &[Grant] = &[
         "leases",
         ["get"],
         ("operator/src/apply.rs", "ensure_silent"),
-        USED,
+        OBSERVED,
         "looks once more whether a node is silent before its job is placed elsewhere"
     ),
     grant!(
@@ -270,7 +263,7 @@ pub const GRANTS: &[Grant] = &[
         "leases",
         ["get", "update"],
         ("operator/src/leader.rs", "turn"),
-        USED,
+        OBSERVED,
         "holds the leader Lease"
     ),
     grant!(
@@ -280,7 +273,7 @@ pub const GRANTS: &[Grant] = &[
         "leases",
         ["create"],
         ("operator/src/leader.rs", "turn"),
-        USED,
+        OBSERVED,
         "makes the leader Lease"
     ),
     grant!(
@@ -290,7 +283,7 @@ pub const GRANTS: &[Grant] = &[
         "gpunodes",
         ["list", "watch"],
         ("agent/src/watch.rs", "gpu_node"),
-        USED,
+        OBSERVED,
         "notices when its GpuNode is gone"
     ),
     grant!(
@@ -300,7 +293,7 @@ pub const GRANTS: &[Grant] = &[
         "gpunodes",
         ["create", "patch"],
         ("agent/src/api.rs", "ensure_gpu_node"),
-        USED,
+        OBSERVED,
         "makes its GpuNode"
     ),
     grant!(
@@ -310,7 +303,7 @@ pub const GRANTS: &[Grant] = &[
         "gpunodes/status",
         ["patch"],
         ("agent/src/api.rs", "gpu_node_status"),
-        USED,
+        OBSERVED,
         "says what its node has"
     ),
     grant!(
@@ -320,7 +313,7 @@ pub const GRANTS: &[Grant] = &[
         "resourceprofiles",
         ["list", "watch"],
         ("agent/src/watch.rs", "profiles"),
-        USED,
+        OBSERVED,
         "enforces profiles"
     ),
     grant!(
@@ -330,7 +323,7 @@ pub const GRANTS: &[Grant] = &[
         "nodes",
         ["get"],
         ("agent/src/api.rs", "node_owner"),
-        USED,
+        OBSERVED,
         "ties its GpuNode and its Lease to the Node"
     ),
     grant!(
@@ -340,7 +333,7 @@ pub const GRANTS: &[Grant] = &[
         "nodes",
         ["list", "watch"],
         ("agent/src/watch.rs", "node"),
-        USED,
+        OBSERVED,
         "sees its Node's labels"
     ),
     grant!(
@@ -350,7 +343,7 @@ pub const GRANTS: &[Grant] = &[
         "leases",
         ["get", "create", "update"],
         ("agent/src/lease.rs", "renew"),
-        USED,
+        OBSERVED,
         "holds its node's Lease"
     ),
     grant!(
@@ -360,7 +353,7 @@ pub const GRANTS: &[Grant] = &[
         "assignments",
         ["list", "watch"],
         ("agent/src/watch.rs", "assignments"),
-        USED,
+        OBSERVED,
         "sees its orders"
     ),
     grant!(
@@ -370,10 +363,7 @@ pub const GRANTS: &[Grant] = &[
         "assignments",
         ["get"],
         ("agent/src/api.rs", "status"),
-        (
-            "tests/tests/confinement/main.rs",
-            "an_agent_has_no_right_beyond_its_work"
-        ),
+        OBSERVED,
         "looks at an order whose version has moved on, or that it has not seen during an outage"
     ),
     grant!(
@@ -383,7 +373,7 @@ pub const GRANTS: &[Grant] = &[
         "assignments/status",
         ["patch"],
         ("agent/src/api.rs", "apply_status"),
-        USED,
+        OBSERVED,
         "says how an order goes"
     ),
     grant!(
@@ -393,7 +383,7 @@ pub const GRANTS: &[Grant] = &[
         "configmaps",
         ["get"],
         ("agent/src/api.rs", "input"),
-        USED,
+        OBSERVED,
         "reads staged inputs"
     ),
     grant!(
@@ -403,7 +393,7 @@ pub const GRANTS: &[Grant] = &[
         "configmaps",
         ["create"],
         ("agent/src/api.rs", "chunk"),
-        USED,
+        OBSERVED,
         "writes result chunks"
     ),
     grant!(
@@ -413,7 +403,7 @@ pub const GRANTS: &[Grant] = &[
         "configmaps",
         ["update"],
         ("agent/src/api.rs", "chunk"),
-        AGENT_WRITES,
+        OBSERVED,
         "replaces a chunk of the same name: the answer to its creation was lost"
     ),
     grant!(
@@ -423,7 +413,7 @@ pub const GRANTS: &[Grant] = &[
         "leases",
         ["get"],
         ("agent/src/api.rs", "leader_term"),
-        USED,
+        OBSERVED,
         "compares an order's term with the leader's"
     ),
     grant!(

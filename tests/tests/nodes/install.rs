@@ -7,6 +7,7 @@ use gogrid_tests::chart::RELEASE;
 use gogrid_tests::cluster::NAMESPACE;
 use gogrid_tests::installed::Installed;
 use gogrid_tests::jobs::Questions;
+use gogrid_tests::rbac;
 use gogrid_tests::wait::eventually;
 use k8s_openapi::api::core::v1::Event;
 use kube::api::{Api, ListParams};
@@ -119,7 +120,10 @@ fn a_missing_runtime_class_and_an_image_that_cannot_be_pulled_are_named_by_helm_
 fn helm_test_runs_a_real_job_and_prints_every_nodes_devices() -> Result<()> {
     on_real_nodes(|installed| async move {
         let control = &installed.nodes.control;
+        let begun = control.now();
         let said = helm_test(&installed).await?;
+        let requests = control.audit_requests(begun, control.now())?;
+        println!("{}", rbac::check(&requests, NAMESPACE, rbac::HELM_TEST)?);
         for expected in [
             "node node-1: ",
             "node node-2: ",
@@ -128,10 +132,14 @@ fn helm_test_runs_a_real_job_and_prints_every_nodes_devices() -> Result<()> {
         ] {
             ensure!(said.contains(expected), "{expected:?} is missing in: {said}");
         }
-        let left = control
-            .kubectl(&["get", "inferencejobs,configmaps", "-n", NAMESPACE, "-o", "name"])
-            .await?;
-        ensure!(!left.contains("gogrid-trial"), "the trial left something: {left}");
+        // It is deleted with what it made, which the garbage collector deletes first.
+        eventually(LONG, "the trial to leave nothing", || async {
+            let list = ["get", "inferencejobs,configmaps", "-n", NAMESPACE, "-o", "name"];
+            let left = control.kubectl(&list).await?;
+            ensure!(!left.contains("gogrid-trial"), "{left}");
+            Ok(())
+        })
+        .await?;
         Ok(())
     })
 }
