@@ -48,6 +48,24 @@ pub fn copy(to: &Path) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
+/// Version of [`next`].
+pub const NEXT: &str = "0.2.0";
+
+/// Copies the chart to `to` as its next minor version could be: it asks for images of its own, and a job has a field more.
+pub fn next(to: &Path) -> Result<()> {
+    copy(to)?;
+    let about = to.join("Chart.yaml");
+    let text = std::fs::read_to_string(&about)?;
+    std::fs::write(about, text.replace(env!("CARGO_PKG_VERSION"), NEXT))?;
+    let crd = to.join("files/crds/inferencejobs.yaml");
+    let mut definition: Value = serde_yaml::from_str(&std::fs::read_to_string(&crd)?)?;
+    let spec = "/spec/versions/0/schema/openAPIV3Schema/properties/spec/properties";
+    let fields = definition.pointer_mut(spec).context("the CRD has no spec")?;
+    fields["later"] = json!({"type": "string", "maxLength": 64});
+    std::fs::write(crd, serde_yaml::to_string(&definition)?)?;
+    Ok(())
+}
+
 fn copy_folder(from: &Path, to: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
     std::fs::create_dir_all(to)?;
     for entry in std::fs::read_dir(from)? {

@@ -59,13 +59,16 @@ pub struct Installed {
 }
 
 impl Installed {
-    /// Starts that many nodes with GoGrid's images, once for this process, and installs on them.
+    /// Starts that many nodes with GoGrid's images of this version and the next, once for this process, and installs on them.
     pub async fn start(count: usize, values: &Value) -> Result<Self> {
-        let images = tempfile::tempdir()?;
+        let dir = tempfile::tempdir()?;
+        let mut images = write_images(dir.path(), TAG).await?;
+        // The same programs: what differs of the next version, tests tell them.
+        images.extend(write_images(dir.path(), chart::NEXT).await?);
         let nodes = Nodes::shared(NodesOptions {
             count,
             dir: None,
-            images: write_images(images.path(), TAG).await?,
+            images,
         })
         .await?;
         Self::on(nodes, values).await
@@ -84,6 +87,11 @@ impl Installed {
 
     /// `helm install` or `helm upgrade` of the chart, waiting until every pod is ready.
     pub async fn helm(&self, action: &str, values: &Value) -> Result<String> {
+        self.helm_chart(action, &chart::dir(), values).await
+    }
+
+    /// As [`Self::helm`], of the chart in that directory.
+    pub async fn helm_chart(&self, action: &str, chart: &Path, values: &Value) -> Result<String> {
         let mut merged = json!({
             "operator": {"extraArgs": [format!("--lease-duration-seconds={LEASE_SECONDS}")]},
             "agent": {"extraArgs": [format!("--lease-duration-seconds={LEASE_SECONDS}")]},
@@ -91,7 +99,7 @@ impl Installed {
         merge(&mut merged, values);
         let file = self.nodes.dir().join("values.json");
         std::fs::write(&file, merged.to_string())?;
-        let (chart, file) = (chart::dir().display().to_string(), file.display().to_string());
+        let (chart, file) = (chart.display().to_string(), file.display().to_string());
         self.nodes
             .control
             .helm(&[

@@ -3,13 +3,14 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context as _, Result, ensure};
-use gogrid_api::{InferenceJob, ResourceProfile};
-use gogrid_tests::chart::RELEASE;
+use gogrid_api::{GpuNode, InferenceJob, ResourceProfile, condition};
+use gogrid_tests::chart;
 use gogrid_tests::cluster::NAMESPACE;
 use gogrid_tests::installed::{Installed, spec};
 use gogrid_tests::jobs::{self, Questions};
 use gogrid_tests::wait::eventually;
 use k8s_openapi::api::core::v1::ConfigMap;
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::ResourceExt as _;
 use kube::api::{Api, ListParams};
 use serde_json::{Value, json};
@@ -60,7 +61,7 @@ async fn last_checkpoints(
     eventually(LONG, "the job's end", || async {
         let found = checkpoints(installed, job).await?;
         let status = jobs.get(&job.name_any()).await?.status.unwrap_or_default();
-        let over = gogrid_api::condition::is_true(&status.conditions, "Finished");
+        let over = condition::is_true(&status.conditions, "Finished");
         let mut last = last.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         if !found.is_empty() {
             *last = found;
@@ -72,9 +73,40 @@ async fn last_checkpoints(
     Ok(last.into_inner().unwrap_or_default())
 }
 
+/// Waits until every agent is of that version and works, and checks whether a job has the next version's field.
+async fn in_force(installed: &Installed, version: &str, field: bool) -> Result<()> {
+    let nodes: Api<GpuNode> = Api::all(installed.client.clone());
+    eventually(
+        LONG,
+        &format!("every node to be of version {version}"),
+        || async {
+            for node in nodes.list(&ListParams::default()).await?.items {
+                let status = node.status.clone().unwrap_or_default();
+                ensure!(
+                    status.agent_version == version && condition::is_true(&status.conditions, "Ready"),
+                    "{}: {} {}",
+                    node.name_any(),
+                    status.agent_version,
+                    jobs::short(&status.conditions)
+                );
+            }
+            Ok(())
+        },
+    )
+    .await?;
+    let crds: Api<CustomResourceDefinition> = Api::all(installed.client.clone());
+    let crd = serde_json::to_value(crds.get("inferencejobs.gogrid.dev").await?)?;
+    let later = "/spec/versions/0/schema/openAPIV3Schema/properties/spec/properties/later";
+    ensure!(
+        crd.pointer(later).is_some() == field,
+        "version {version} with the field {field}"
+    );
+    Ok(())
+}
+
 #[test]
-fn an_upgrade_and_a_rollback_under_four_running_jobs_run_no_finished_record_again_and_lose_none() -> Result<()>
-{
+fn an_upgrade_to_the_next_version_and_a_rollback_under_four_running_jobs_run_no_finished_record_again_and_lose_none()
+-> Result<()> {
     on_real_nodes(|installed| async move {
         let mut jobs = vec![];
         for n in 0..4 {
@@ -85,23 +117,25 @@ fn an_upgrade_and_a_rollback_under_four_running_jobs_run_no_finished_record_agai
         for (job, _) in &jobs {
             until_answering(&installed, job).await?;
         }
-        let before = installed.agent_pod("node-1").await?.uid();
-        // Both pods of every kind are replaced: their templates differ.
+        in_force(&installed, env!("CARGO_PKG_VERSION"), false).await?;
+        let next = tempfile::tempdir()?;
+        chart::next(next.path())?;
         let mut changed = values();
         for component in ["agent", "operator"] {
-            changed[component]["podAnnotations"] = json!({"version": "next"});
+            let told = json!(format!("--reported-version={}", chart::NEXT));
+            match changed[component]["extraArgs"].as_array_mut() {
+                Some(arguments) => arguments.push(told),
+                None => changed[component]["extraArgs"] = json!([told]),
+            }
         }
-        installed.helm("upgrade", &changed).await?;
-        ensure!(
-            installed.agent_pod("node-1").await?.uid() != before,
-            "the upgrade replaced no pod"
-        );
+        installed.helm_chart("upgrade", next.path(), &changed).await?;
+        in_force(&installed, chart::NEXT, true).await?;
         installed
             .nodes
             .control
             .helm(&[
                 "rollback",
-                RELEASE,
+                chart::RELEASE,
                 "--namespace",
                 NAMESPACE,
                 "--wait",
@@ -109,6 +143,7 @@ fn an_upgrade_and_a_rollback_under_four_running_jobs_run_no_finished_record_agai
                 "120s",
             ])
             .await?;
+        in_force(&installed, env!("CARGO_PKG_VERSION"), false).await?;
         let mut epochs = 0;
         for (job, questions) in &jobs {
             let checkpoints = last_checkpoints(&installed, job).await?;
@@ -144,7 +179,7 @@ fn z_uninstalling_under_four_running_jobs_leaves_nothing_that_holds_a_namespace_
         control
             .helm(&[
                 "uninstall",
-                RELEASE,
+                chart::RELEASE,
                 "--namespace",
                 NAMESPACE,
                 "--wait",
