@@ -158,22 +158,11 @@ impl ShareMeter {
         }
     }
 
-    /// The grant in force, expired or not.
-    pub fn grant(&self) -> Option<Grant> {
-        self.grant
-    }
-
     /// Replaces the grant. What the old one earned until now stays earned, debt stays debt.
     pub fn set_grant(&mut self, now: u64, grant: Grant) {
         self.fill(now);
         self.filled_to = self.filled_to.max(now);
         self.grant = Some(grant);
-    }
-
-    /// Takes the grant away.
-    pub fn revoke(&mut self, now: u64) {
-        self.fill(now);
-        self.grant = None;
     }
 
     /// When a step may begin: a time not after `now` means at once; `None` means never under this grant.
@@ -300,6 +289,21 @@ mod tests {
             },
         );
         assert_eq!(meter.ready_at(9_000_000), Some(9_000_000 + 2 * (1_000_000 - 400)));
+    }
+
+    #[test]
+    fn a_debt_that_is_repaid_as_the_grant_ends_is_repaid_too_late() {
+        for (debt, ready) in [(49, Some(49)), (50, None)] {
+            let mut meter = ShareMeter::default();
+            let grant = Grant {
+                share_permille: 1000,
+                expires_at: 50,
+                fence_at: 100,
+            };
+            meter.set_grant(0, grant);
+            meter.bill(0, debt);
+            assert_eq!(meter.ready_at(0), ready);
+        }
     }
 
     #[test]
