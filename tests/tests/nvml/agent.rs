@@ -401,7 +401,10 @@ fn a_job_yields_to_others_on_its_card_has_its_share_again_afterwards_and_yields_
             .await?;
         let mut spec = spec(&[], "yields")?;
         let lines = Questions::new(43, 4000).lines();
-        spec["input"] = bench.cluster.create_input("default", "yields", &lines).await?;
+        spec["input"] = bench
+            .cluster
+            .create_input("default", "yields-input", &lines)
+            .await?;
         spec["placement"] = json!({"cpuFallback": "Never"});
         let job = bench.cluster.create_job("default", "yields", spec).await?;
         bench

@@ -11,15 +11,16 @@ mod rules;
 
 use anyhow::{Context as _, Result, ensure};
 use gogrid_agent_core::protocol::{Hello, PROTOCOL_VERSION, Role, encode};
-use gogrid_api::ResourceProfile;
+use gogrid_api::{ResourceProfile, names};
 use gogrid_tests::cluster::{Cluster, ClusterOptions, NAMESPACE, on_runtime, program, repository};
 use gogrid_tests::controlplane::ControlPlane;
 use gogrid_tests::jobs::{Questions, spec};
 use gogrid_tests::prometheus::{Prometheus, check_metrics, get};
 use gogrid_tests::rbac;
 use gogrid_tests::wait::eventually;
-use k8s_openapi::api::core::v1::Node;
+use k8s_openapi::api::core::v1::{ConfigMap, Node};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use kube::ResourceExt as _;
 use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
@@ -57,7 +58,7 @@ impl Scene {
         self.cluster.create_job("default", name, spec).await
     }
 
-    /// A job of any number of records, by a ConfigMap of its name.
+    /// A job of any number of records, by the ConfigMap NAME-input.
     async fn job_of_map(
         &self,
         name: &str,
@@ -65,7 +66,8 @@ impl Scene {
         change: impl FnOnce(&mut Value),
     ) -> Result<gogrid_api::InferenceJob> {
         let lines = Questions::new(5, records).lines();
-        let input = self.cluster.create_input("default", name, &lines).await?;
+        let map = format!("{name}-input");
+        let input = self.cluster.create_input("default", &map, &lines).await?;
         self.job(name, 1, |spec| {
             change(spec);
             spec["input"] = input;
@@ -146,7 +148,7 @@ fn induced_faults_fire_and_clear_their_alerts_and_the_run_uses_every_right() -> 
         the_page_of_metrics_is_what_is_exported(&scene).await?;
         an_api_server_that_hangs(&scene).await?;
         crds_without_their_rules(&scene).await?;
-        an_api_server_that_refuses(&scene).await?;
+        an_operator_without_answers(&scene).await?;
 
         for name in PROGRAMS {
             scene.cluster.process(name)?.stop(Duration::from_secs(10));
@@ -319,33 +321,45 @@ async fn answers_that_are_lost(scene: &Scene) -> Result<()> {
     Ok(())
 }
 
-/// Every write of one operator is refused; the first ones of the next are carried out twice, as by a proxy that repeats.
-async fn an_api_server_that_refuses(scene: &Scene) -> Result<()> {
+/// Every answer to one operator's writes is lost; the first writes of the next are carried out twice, as by a proxy that
+/// repeats. An input that its user edits meanwhile is taken as edited.
+async fn an_operator_without_answers(scene: &Scene) -> Result<()> {
     let other_operator = |fault: &str| {
         scene.cluster.process("operator")?.kill();
         scene.cluster.start_operator(&["--fault", fault])
     };
-    other_operator("answer-500=1..100000")?;
-    let mut refused = vec![];
+    other_operator("lose-answer=1..100000")?;
+    let edited = scene.job_of_map("edited", 5, |_| ()).await?;
+    let staged = names::input_chunk(&edited.uid().context("no uid")?, 0);
+    let ours: Api<ConfigMap> = Api::namespaced(scene.cluster.client.clone(), NAMESPACE);
+    eventually(LONG, "the input to be staged", || async {
+        ensure!(ours.get_opt(&staged).await?.is_some(), "not yet");
+        Ok(())
+    })
+    .await?;
+    let questions = Questions::new(6, 5);
+    let theirs: Api<ConfigMap> = Api::namespaced(scene.cluster.client.clone(), "default");
+    let edit = Patch::Merge(json!({"data": {"input.jsonl": questions.lines().join("\n")}}));
+    theirs
+        .patch("edited-input", &PatchParams::default(), &edit)
+        .await?;
+
+    let mut waiting = vec![];
     let alert = "GoGridReconcileErrorsHigh";
     // Each failure of a job comes later than its last one: others keep coming.
     while !scene.prometheus.firing().await?.contains(alert) {
-        ensure!(
-            refused.len() < 30,
-            "{alert} does not fire: {}",
-            scene.cluster.log_tails(15)
-        );
-        refused.push(
-            scene
-                .job(&format!("refused-{}", refused.len()), 1, |_| ())
-                .await?,
-        );
+        let logs = || scene.cluster.log_tails(15);
+        ensure!(waiting.len() < 30, "{alert} does not fire: {}", logs());
+        let name = format!("unanswered-{}", waiting.len());
+        waiting.push(scene.job(&name, 1, |_| ()).await?);
         tokio::time::sleep(Duration::from_millis(700)).await;
     }
     other_operator("duplicate=1..40")?;
-    for job in &refused {
+    for job in &waiting {
         scene.cluster.until_finished(job, LONG).await?;
     }
+    let edited = scene.cluster.until_finished(&edited, LONG).await?;
+    questions.right(&scene.cluster.results(&edited).await?)?;
     scene.clears(&[alert]).await
 }
 

@@ -290,6 +290,10 @@ fn where_own_use_can_not_be_read_a_job_is_only_taken_while_nobody_else_is_there(
     assert_eq!(ledger.reserve("gpu", "a", Bytes(1)), refused);
     assert_eq!(ledger.free("gpu"), Bytes(0));
     ledger.observe("gpu", blind(1, 64 * MIB));
+    // Clean enough, and yet too small.
+    assert!(too_little(
+        &ledger.reserve("gpu", "a", Bytes(5 * GIB)).unwrap_err()
+    ));
     ledger.reserve("gpu", "a", Bytes(2 * GIB)).unwrap();
     ledger.load("gpu", "a").unwrap();
     ledger.commit("gpu", "a", Bytes(2 * GIB)).unwrap();
