@@ -32,6 +32,10 @@ pub const DRAIN_NODE_ANNOTATION: &str = "gogrid.dev/drain";
 pub const DRIVER_NODE_LABEL: &str = "gogrid.dev/driver";
 /// See [`DRIVER_NODE_LABEL`].
 pub const DRIVER_RELEASED: &str = "released";
+/// Labels by which a Node is known to have an NVIDIA GPU: that of NVIDIA's feature discovery, and that of the flavour which
+/// the chart's documentation calls so.
+pub const GPU_NODE_LABELS: [(&str, &str); 2] =
+    [("nvidia.com/gpu.present", "true"), ("gogrid.dev/flavour", "cuda")];
 /// Annotation on a published result: the uid of the job it belongs to.
 pub const RESULT_JOB_UID_ANNOTATION: &str = "gogrid.dev/job-uid";
 /// Key under which results lie in a ConfigMap.

@@ -62,6 +62,10 @@ pub struct Device {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 256))]
     pub message: Option<String>,
+    /// The pod that holds it, `namespace/name`, where nothing else keeps it from being used.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 320))]
+    pub holder: Option<String>,
 }
 
 /// How one limit is held on this node.

@@ -353,6 +353,7 @@ impl Store {
             used: Bytes(0),
             jobs: 0,
             healthy: d.health == Health::Healthy,
+            holder: d.holder.clone(),
         };
         Node {
             labels: kube_node.map(|n| n.labels.clone()).unwrap_or_default(),

@@ -125,6 +125,7 @@ mod tests {
             compute_capability: None,
             health: Health::Healthy,
             message: None,
+            holder: None,
         };
         GpuNodeStatus {
             devices: vec![device],

@@ -95,5 +95,6 @@ fn cpu(name: String, reserve: Option<Bytes>, limit: Option<Bytes>) -> Device {
         compute_capability: None,
         health: Health::Healthy,
         message: None,
+        holder: None,
     }
 }

@@ -104,6 +104,7 @@ fn check_place(world: &World, request: &JobRequest, planned: &Planned) -> Vec<Br
             continue;
         };
         must(device.healthy, "the device is unhealthy".into());
+        must(device.holder.is_none(), "a pod holds the device".into());
         let cpu = device.backend == Backend::Cpu;
         must(
             !(cpu && request.cpu_fallback == CpuFallback::Never),

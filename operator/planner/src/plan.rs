@@ -98,6 +98,14 @@ struct Tried {
     cap: Bytes,
 }
 
+/// Devices that would do if other pods did not hold them.
+#[derive(Default)]
+struct Held {
+    devices: usize,
+    /// The first one: index of its node, its UUID, and its holder.
+    first: Option<(usize, String, String)>,
+}
+
 /// Decides on one job.
 pub fn plan(world: &World, request: &JobRequest) -> Decision {
     if let Some(name) = &request.profile_name
@@ -110,8 +118,10 @@ pub fn plan(world: &World, request: &JobRequest) -> Decision {
     let mut closest: Option<(Tried, usize)> = None;
     let mut largest: Option<(Tried, usize)> = None;
     let mut trouble: Option<Reason> = None;
+    let mut held = Held::default();
     for (index, node) in world.nodes().iter().enumerate() {
-        match try_node(world, index, node, request) {
+        let held_before = held.devices;
+        match try_node(world, index, node, request, &mut held) {
             NodeOutcome::Fits(fit) => {
                 if best.as_ref().is_none_or(|b| fit.score < b.score) {
                     best = Some(fit);
@@ -127,7 +137,11 @@ pub fn plan(world: &World, request: &JobRequest) -> Decision {
                 largest_cap,
             } => {
                 let reason = if most_free.needed > largest_cap.cap {
-                    NodeReason::ExceedsCap
+                    if held.devices > held_before {
+                        NodeReason::DevicesHeld
+                    } else {
+                        NodeReason::ExceedsCap
+                    }
                 } else {
                     NodeReason::InsufficientVram
                 };
@@ -162,13 +176,21 @@ pub fn plan(world: &World, request: &JobRequest) -> Decision {
             .map(|n| n.name.clone())
             .unwrap_or_default()
     };
-    let reason = match (closest, largest) {
-        (Some((free, at)), Some((cap, _))) if cap.needed <= cap.cap => Reason::InsufficientVram {
+    let reason = match (closest, held.first, largest) {
+        (Some((free, at)), _, Some((cap, _))) if cap.needed <= cap.cap => Reason::InsufficientVram {
             needed: free.needed,
             best_free: free.free,
             node: name(at),
+            held: held.devices,
         },
-        (_, Some((cap, at))) => Reason::ExceedsClusterVram {
+        // Whatever else does not fit: these would.
+        (_, Some((at, device, holder)), _) => Reason::DevicesHeld {
+            devices: held.devices,
+            device,
+            node: name(at),
+            holder,
+        },
+        (_, None, Some((cap, at))) => Reason::ExceedsClusterVram {
             needed: cap.needed,
             largest_cap: cap.cap,
             node: name(at),
@@ -235,7 +257,7 @@ enum NodeOutcome {
     TooSmall { most_free: Tried, largest_cap: Tried },
 }
 
-fn try_node(world: &World, index: usize, node: &Node, request: &JobRequest) -> NodeOutcome {
+fn try_node(world: &World, index: usize, node: &Node, request: &JobRequest, held: &mut Held) -> NodeOutcome {
     if let Some(reason) = filtered(node, request) {
         return NodeOutcome::Rejected(reason);
     }
@@ -268,11 +290,12 @@ fn try_node(world: &World, index: usize, node: &Node, request: &JobRequest) -> N
     let mut best: Option<Fit> = None;
     let mut most_free: Option<Tried> = None;
     let mut largest_cap: Option<Tried> = None;
+    let mut held_here = false;
     for (device_index, device) in node
         .devices
         .iter()
         .enumerate()
-        .filter(|(_, d)| usable(d, request))
+        .filter(|(_, d)| (d.healthy || d.holder.is_some()) && allowed(d, request))
     {
         let estimate = match request.demand.on(device.backend, effective.limits.max_batch) {
             Ok(estimate) => estimate,
@@ -287,6 +310,14 @@ fn try_node(world: &World, index: usize, node: &Node, request: &JobRequest) -> N
         };
         let needed = estimate.total;
         let (cap, free) = room(device, &effective.ceiling, &effective.limits);
+        let free = if device.holder.is_some() { Bytes(0) } else { free };
+        if let Some(holder) = device.holder.as_ref().filter(|_| needed <= cap) {
+            held_here = true;
+            held.devices += 1;
+            held.first
+                .get_or_insert_with(|| (index, device.uuid.clone(), holder.clone()));
+            continue;
+        }
         if needed <= free {
             let score = Score {
                 cpu: device.backend == Backend::Cpu,
@@ -333,6 +364,7 @@ fn try_node(world: &World, index: usize, node: &Node, request: &JobRequest) -> N
             most_free,
             largest_cap,
         },
+        _ if held_here => NodeOutcome::Rejected(NodeReason::DevicesHeld),
         _ => NodeOutcome::Rejected(NodeReason::NoDevice),
     }
 }
@@ -345,8 +377,8 @@ fn room(device: &Device, ceiling: &Limits, own: &Limits) -> (Bytes, Bytes) {
     (all.min(one), device.available(all).min(one))
 }
 
-fn usable(device: &Device, request: &JobRequest) -> bool {
-    device.healthy && !(device.backend == Backend::Cpu && request.cpu_fallback == CpuFallback::Never)
+fn allowed(device: &Device, request: &JobRequest) -> bool {
+    !(device.backend == Backend::Cpu && request.cpu_fallback == CpuFallback::Never)
 }
 
 fn filtered(node: &Node, request: &JobRequest) -> Option<NodeReason> {

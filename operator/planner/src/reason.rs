@@ -47,6 +47,19 @@ pub enum Reason {
         best_free: Bytes,
         /// Whose.
         node: String,
+        /// Further devices that would do and that other pods hold.
+        held: usize,
+    },
+    /// Only devices that other pods hold would do.
+    DevicesHeld {
+        /// How many.
+        devices: usize,
+        /// The first of them.
+        device: String,
+        /// Its node.
+        node: String,
+        /// The pod that holds it.
+        holder: String,
     },
     /// It fits no device's cap at all.
     ExceedsClusterVram {
@@ -129,6 +142,7 @@ impl Reason {
             Reason::ModelNotFound { .. } => "ModelNotFound",
             Reason::NoDevice { .. } => "NoDevice",
             Reason::InsufficientVram { .. } => "InsufficientVRAM",
+            Reason::DevicesHeld { .. } => "DevicesHeld",
             Reason::ExceedsClusterVram { .. } => "ExceedsClusterVRAM",
             Reason::ProfileNotFound { .. } => "ProfileNotFound",
             Reason::ProfileInvalid { .. } => "ProfileInvalid",
@@ -185,9 +199,32 @@ impl Reason {
                 needed,
                 best_free,
                 node,
+                held,
+            } => {
+                let others = match held {
+                    0 => String::new(),
+                    held => format!(", or for other pods, which hold {held} GPUs that would do"),
+                };
+                format!(
+                    "needs {needed} on one device; most is free on node {node}: {best_free}, {} short; waiting for jobs to end{others}",
+                    needed.saturating_sub(*best_free)
+                )
+            }
+            Reason::DevicesHeld {
+                devices: 1,
+                device,
+                node,
+                holder,
             } => format!(
-                "needs {needed} on one device; most is free on node {node}: {best_free}, {} short; waiting for jobs to end",
-                needed.saturating_sub(*best_free)
+                "the one GPU that would do, {device} of node {node}, is held by pod {holder}: waiting for that to end"
+            ),
+            Reason::DevicesHeld {
+                devices,
+                device,
+                node,
+                holder,
+            } => format!(
+                "all {devices} GPUs that would do are held by other pods, {device} of node {node} by {holder}: waiting for one of them to end"
             ),
             Reason::ExceedsClusterVram {
                 needed,
@@ -228,6 +265,8 @@ impl Reason {
 pub enum NodeReason {
     /// It fits the cap, but not now.
     InsufficientVram,
+    /// Other pods hold the devices that would do.
+    DevicesHeld,
     /// It is above the cap.
     ExceedsCap,
     /// No healthy device of an allowed kind.
@@ -253,6 +292,7 @@ impl NodeReason {
     pub fn word(self) -> &'static str {
         match self {
             NodeReason::InsufficientVram => "InsufficientVRAM",
+            NodeReason::DevicesHeld => "DevicesHeld",
             NodeReason::ExceedsCap => "ExceedsCap",
             NodeReason::NoDevice => "NoDevice",
             NodeReason::ProfileInvalid => "ProfileInvalid",

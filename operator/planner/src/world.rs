@@ -51,6 +51,8 @@ pub struct Device {
     pub jobs: u32,
     /// Whether it may be used.
     pub healthy: bool,
+    /// The pod that holds it, where nothing else keeps it from being used: waiting for that pod's end helps.
+    pub holder: Option<String>,
 }
 
 impl Device {

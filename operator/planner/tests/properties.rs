@@ -20,8 +20,9 @@ fn device() -> impl Strategy<Value = Device> {
         0..40_u64,
         0..4_u32,
         prop::bool::weighted(0.9),
+        prop::bool::weighted(0.2),
     )
-        .prop_map(|(cpu, total, reserved, foreign, used, jobs, healthy)| Device {
+        .prop_map(|(cpu, total, reserved, foreign, used, jobs, well, held)| Device {
             uuid: String::new(),
             backend: if cpu { Backend::Cpu } else { Backend::Cuda },
             total: Bytes(total * GIB),
@@ -29,7 +30,8 @@ fn device() -> impl Strategy<Value = Device> {
             foreign: Bytes(foreign * GIB),
             used: Bytes(used * GIB),
             jobs,
-            healthy,
+            healthy: well && !held,
+            holder: (well && held).then(|| "lab/train".into()),
         })
 }
 
@@ -212,6 +214,7 @@ proptest! {
         for device in empty.iter_mut().flat_map(|n| &mut n.devices) {
             device.used = Bytes(0);
             device.foreign = Bytes(0);
+            device.healthy |= device.holder.take().is_some();
         }
         let full = World::new(nodes, profiles.clone()).unwrap();
         let world = World::new(empty, profiles).unwrap();
@@ -219,6 +222,27 @@ proptest! {
             && matches!(unplaced.reason, Reason::ExceedsClusterVram { .. })
         {
             prop_assert!(matches!(plan(&world, &request), Decision::Unplaced(_)));
+        }
+    }
+
+    #[test]
+    fn a_job_that_is_told_to_wait_for_other_pods_fits_a_cap_once_they_are_gone(
+        nodes in nodes(), profiles in profiles(), request in request(),
+    ) {
+        let mut freed = nodes.clone();
+        for device in freed.iter_mut().flat_map(|n| &mut n.devices) {
+            device.healthy |= device.holder.take().is_some();
+        }
+        let (before, after) = (World::new(nodes, profiles.clone()).unwrap(), World::new(freed, profiles).unwrap());
+        if let Decision::Unplaced(unplaced) = plan(&before, &request)
+            && let Reason::DevicesHeld { devices, .. } = unplaced.reason
+        {
+            prop_assert!(devices > 0);
+            match plan(&after, &request) {
+                Decision::Place(_) => {}
+                Decision::Unplaced(other) =>
+                    prop_assert!(matches!(other.reason, Reason::InsufficientVram { .. }), "{other:?}"),
+            }
         }
     }
 }

@@ -3,7 +3,7 @@
 //! Each file in `scenarios/` holds the input, a line `---`, and the plan. Lines of the input:
 //! `profile NAME vram=PERCENT [reserve=BYTES] [batch=N] [node=LABEL=VALUE] [weighted]`
 //! `node NAME [label=K=V] [taint=K=V:EFFECT] [cordoned] [silent|lost] [unready]`
-//! `device UUID CPU|CUDA total=BYTES [reserved=BYTES] [foreign=BYTES] [used=BYTES] [unhealthy]` (of the node above)
+//! `device UUID CPU|CUDA total=BYTES [reserved=BYTES] [foreign=BYTES] [used=BYTES] [unhealthy] [held=POD]` (of the node above)
 //! `model URI` (of the node above)
 //! `job NAME need=BYTES [uri=URI] [cpu=Never] [label=K=V] [bears=KEY] [profile=NAME] [priority=N] [created=N] [prefer=NODE]`
 
@@ -113,6 +113,7 @@ fn parse_device(words: &[&str]) -> Device {
         used: Bytes(0),
         jobs: 0,
         healthy: true,
+        holder: None,
     };
     for word in &words[2..] {
         match word.split_once('=') {
@@ -122,6 +123,10 @@ fn parse_device(words: &[&str]) -> Device {
             Some(("used", v)) => {
                 device.used = bytes(v);
                 device.jobs = 1;
+            }
+            Some(("held", v)) => {
+                device.healthy = false;
+                device.holder = Some(v.into());
             }
             None if *word == "unhealthy" => device.healthy = false,
             _ => panic!("device: {word}"),

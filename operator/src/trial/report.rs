@@ -141,6 +141,9 @@ fn told(event: &Event) -> String {
     format!("{kind} {name}: {}{last}", of_event(event))
 }
 
+/// Conditions that hinder no job on the CPU and name a value to set.
+const TOLD: [&str; 2] = ["PodGPUsKnown", "ClockAgrees"];
+
 fn of_gpu_node(gpu_node: &GpuNode) -> Vec<String> {
     let status = gpu_node.status.clone().unwrap_or_default();
     if status.session.is_empty() {
@@ -151,7 +154,10 @@ fn of_gpu_node(gpu_node: &GpuNode) -> Vec<String> {
     let wrong = status
         .conditions
         .iter()
-        .filter(|c| c.type_ == "Ready" && c.status != ConditionStatus::True)
+        .filter(|c| {
+            let hinders = c.type_ == "Ready" && c.status != ConditionStatus::True;
+            hinders || (TOLD.contains(&c.type_.as_str()) && c.status == ConditionStatus::False)
+        })
         .map(|c| format!("{}: {}", c.reason, c.message));
     let devices = status.devices.iter().map(|d| {
         let trouble = d.message.as_ref().map(|m| format!(" ({m})")).unwrap_or_default();
@@ -204,10 +210,18 @@ mod tests {
             "uuid": "cpu", "name": "EPYC", "backend": "CPU", "memoryTotal": "1Gi", "memoryReserved": "0", "memoryForeign": "0",
             "memoryFree": "1Gi", "health": "Healthy",
         });
-        let sick = json!({"conditions": [{
-            "type": "Ready", "status": "False", "reason": "NoPool", "message": "the pool is away", "observedGeneration": 1,
-            "lastTransitionTime": "2026-01-01T00:00:00Z",
-        }]});
+        let condition = |type_: &str, status: &str, reason: &str, message: &str| {
+            json!({
+                "type": type_, "status": status, "reason": reason, "message": message, "observedGeneration": 1,
+                "lastTransitionTime": "2026-01-01T00:00:00Z",
+            })
+        };
+        let sick = json!({"conditions": [
+            condition("Ready", "False", "NoPool", "the pool is away"),
+            condition("DriverReady", "False", "NoDriver", "jobs run on the CPU"),
+            condition("PodGPUsKnown", "False", "KubeletUnreadable", "set agent.podResourcesDir"),
+            condition("ClockAgrees", "True", "ClockAgrees", "within 30 s"),
+        ]});
         let unpulled = json!({"containerStatuses": [{
             "name": "workers", "image": "", "imageID": "", "ready": false, "restartCount": 0,
             "state": {"waiting": {"reason": "ErrImagePull", "message": "not found"}},
@@ -264,7 +278,10 @@ mod tests {
              DaemonSet agents: FailedCreate: RuntimeClass \"x\" not found"
         );
         assert_eq!(lines[1], "node good: EPYC Healthy");
-        assert_eq!(lines[2], "node sick: NoPool: the pool is away");
+        assert_eq!(
+            lines[2],
+            "node sick: NoPool: the pool is away, KubeletUnreadable: set agent.podResourcesDir"
+        );
         assert!(
             lines[3].starts_with("node old: VersionSkew: its agent has version 77.0.0"),
             "{said}"

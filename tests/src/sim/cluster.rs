@@ -483,6 +483,7 @@ async fn take_stock(hub: Hub, machine: Machine, facts: ModelFacts) {
         compute_capability: None,
         health: Health::Healthy,
         message: None,
+        holder: None,
     };
     let model = HeldModel {
         uri: MODEL.into(),

@@ -68,6 +68,7 @@ impl Watch {
                 Health::Healthy
             },
             message: wrong.map(|text| clip(&text, 256).to_owned()),
+            holder: None,
         }
     }
 }
