@@ -63,7 +63,8 @@ impl Host for Machine {
 #[cfg(feature = "faults")]
 pub static WALL_OFFSET: std::sync::atomic::AtomicI64 = std::sync::atomic::AtomicI64::new(0);
 
-fn wall_now() -> Timestamp {
+/// The wall clock, as tests may have stepped it.
+pub(crate) fn wall_now() -> Timestamp {
     let now = Timestamp::now();
     #[cfg(feature = "faults")]
     let now = {

@@ -3,6 +3,7 @@
 //! Owns: every setting of the agent. Must not act on any of them.
 
 use clap::{Args, ValueEnum};
+use gogrid_agent_core::guest::{GPU_RESOURCES, GpuResources, ResourceNameError};
 use gogrid_api::{ByteQuantity, Bytes, LeaseTiming, Millis};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -61,6 +62,17 @@ pub struct Flags {
     /// Library to load instead of the driver's NVML.
     #[arg(long)]
     nvml_library: Option<PathBuf>,
+    /// Socket of the kubelet's pod-resources service, by which GPUs that other pods hold are known; without it none counts
+    /// as held.
+    #[arg(long)]
+    pod_resources_socket: Option<PathBuf>,
+    /// Extended resource, or driver of resource claims, whose devices are GPUs; a * at the end stands for any ending; may
+    /// be repeated.
+    #[arg(long, default_values = GPU_RESOURCES)]
+    gpu_resource: Vec<String>,
+    /// This agent's own pod: what it holds is not somebody else's.
+    #[arg(long, env = "POD_NAME")]
+    pod_name: Option<String>,
     /// Address of /metrics, /healthz and /readyz.
     #[arg(long, default_value = "127.0.0.1:0")]
     metrics_addr: SocketAddr,
@@ -126,6 +138,12 @@ pub struct Config {
     pub workers_limit: Option<Bytes>,
     /// NVML library, if not the driver's.
     pub nvml: Option<PathBuf>,
+    /// Socket of the kubelet's pod-resources service, if it is to be asked.
+    pub pod_resources: Option<PathBuf>,
+    /// Which resources are GPUs.
+    pub gpu_resources: GpuResources,
+    /// Namespace and name of this agent's own pod, if it is in one.
+    pub own_pod: Option<(String, String)>,
     /// What counts as a second towards the GPU driver, in nanoseconds.
     pub driver_second: u64,
     /// Whether jobs on NVIDIA devices are computed on the CPU: in tests only.
@@ -159,6 +177,9 @@ pub enum ConfigError {
         /// What is wrong with it.
         error: gogrid_api::quantity::QuantityError,
     },
+    /// A name of resources.
+    #[error("--gpu-resource: {0}")]
+    GpuResource(#[from] ResourceNameError),
     /// The node's name.
     #[error("--node-name must be 1 to 253 characters long")]
     NodeName,
@@ -191,6 +212,9 @@ impl TryFrom<Flags> for Config {
             cpu_memory_reserve,
             workers_memory_limit,
             nvml_library,
+            pod_resources_socket,
+            gpu_resource,
+            pod_name,
             metrics_addr,
             log_format,
             #[cfg(feature = "faults")]
@@ -214,7 +238,12 @@ impl TryFrom<Flags> for Config {
         }
         let roots = model_root.iter().map(|p| ("model-root", p));
         let group = idle_cgroup.iter().map(|p| ("idle-cgroup", p));
-        for (flag, path) in roots.chain(group).chain([("state-dir", &state_dir)]) {
+        let kubelet = pod_resources_socket.iter().map(|p| ("pod-resources-socket", p));
+        for (flag, path) in roots
+            .chain(group)
+            .chain(kubelet)
+            .chain([("state-dir", &state_dir)])
+        {
             if !path.is_absolute() {
                 return Err(ConfigError::Relative {
                     flag,
@@ -226,6 +255,7 @@ impl TryFrom<Flags> for Config {
             node: node_name,
             release: release.unwrap_or_else(|| namespace.clone()),
             version,
+            own_pod: pod_name.map(|pod| (namespace.clone(), pod)),
             namespace,
             roots: model_root,
             socket: socket.unwrap_or_else(|| state_dir.join("agent.sock")),
@@ -238,6 +268,8 @@ impl TryFrom<Flags> for Config {
             cpu_reserve: bytes("cpu-memory-reserve", cpu_memory_reserve)?,
             workers_limit: bytes("workers-memory-limit", workers_memory_limit)?,
             nvml: nvml_library,
+            pod_resources: pod_resources_socket,
+            gpu_resources: GpuResources::new(gpu_resource)?,
             driver_second: driver_second_millis.saturating_mul(1_000_000),
             cuda_on_cpu,
             metrics: metrics_addr,

@@ -7,6 +7,7 @@ use crate::link::Link;
 use crate::models::Obtained;
 use gogrid_agent_core::adaptive::Sample;
 use gogrid_agent_core::driver::View;
+use gogrid_agent_core::guest::Allocated;
 use gogrid_agent_core::protocol::{FromPool, FromWorker, WorkerId};
 use gogrid_api::assignment::ModelFacts;
 use gogrid_api::effective::NamedProfile;
@@ -119,6 +120,8 @@ pub enum Event {
     Devices(Backend, Vec<Device>),
     /// The driver and its devices as measured.
     Driver(Box<View>),
+    /// The devices that the kubelet has given to pods, or why it doesn't say.
+    PodGpus(Result<Vec<Allocated>, String>),
     /// A device was looked at for the load of others.
     Sensed(String, Sample),
     /// Memory that processes of ours hold, by process id.

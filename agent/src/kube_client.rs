@@ -3,12 +3,18 @@
 //! Owns: how connections are made. A retry beneath a write could repeat it after its meaning has changed, and a call
 //! without a read timeout can wedge for ever; so kube's defaults for both are off. Must not know what is sent.
 
+use crate::clock::wall_now;
 use crate::config::Config;
 use crate::token;
+use http::{HeaderMap, Response, header};
+use jiff::fmt::rfc2822;
 use kube::Client;
 use kube::client::ClientBuilder;
 use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
+use tower::util::MapResponseLayer;
 
 /// Seconds after which the server ends a watch.
 pub(crate) const WATCH_SECONDS: u32 = 120;
@@ -26,6 +32,37 @@ async fn addresses(host: &str, port: u16) -> Vec<IpAddr> {
     }
 }
 
+/// Nothing was compared yet.
+const NEVER: i64 = i64::MIN;
+
+/// By how much this machine's clock differs from the API server's, as the last renewal's answer said.
+#[derive(Clone, Debug)]
+pub struct ServerClock(Arc<AtomicI64>);
+
+impl Default for ServerClock {
+    fn default() -> Self {
+        Self(Arc::new(AtomicI64::new(NEVER)))
+    }
+}
+
+impl ServerClock {
+    /// Seconds by which this machine's clock is ahead, if an answer ever bore a date.
+    pub(crate) fn ahead(&self) -> Option<i64> {
+        let ahead = self.0.load(Ordering::Relaxed);
+        (ahead != NEVER).then_some(ahead)
+    }
+
+    fn seen(&self, headers: &HeaderMap, now: i64) {
+        let date = headers.get(header::DATE).and_then(|value| value.to_str().ok());
+        if let Some(date) = date.and_then(|text| rfc2822::parse(text).ok()) {
+            self.0.store(
+                now.saturating_sub(date.timestamp().as_second()),
+                Ordering::Relaxed,
+            );
+        }
+    }
+}
+
 /// One client per kind of call.
 #[derive(Clone)]
 pub struct Clients {
@@ -35,6 +72,20 @@ pub struct Clients {
     pub watch: Client,
     /// The node's Lease, on a connection of its own.
     pub lease: Client,
+    /// What renewals tell of the clock.
+    pub server_clock: ServerClock,
+}
+
+impl Clients {
+    /// Clients that were made elsewhere.
+    pub fn new(api: Client, watch: Client, lease: Client) -> Self {
+        Self {
+            api,
+            watch,
+            lease,
+            server_clock: ServerClock::default(),
+        }
+    }
 }
 
 /// Clients of the API server that the environment names, and its addresses.
@@ -68,14 +119,37 @@ pub(crate) async fn connect(config: &Config) -> Result<(Clients, Vec<IpAddr>), k
         let faults = gogrid_faults::FaultLayer::new(config.faults.clone());
         (api.with_layer(&faults), lease.with_layer(&faults))
     };
+    let server_clock = ServerClock::default();
+    let clock = server_clock.clone();
+    let lease = lease.with_layer(&MapResponseLayer::new(move |answer: Response<_>| {
+        clock.seen(answer.headers(), wall_now().as_second());
+        answer
+    }));
+    let watch = client(
+        Duration::from_secs(u64::from(WATCH_SECONDS) + 10),
+        Duration::from_secs(5),
+    )?;
     let clients = Clients {
-        api: api.build(),
-        watch: client(
-            Duration::from_secs(u64::from(WATCH_SECONDS) + 10),
-            Duration::from_secs(5),
-        )?
-        .build(),
-        lease: lease.build(),
+        server_clock,
+        ..Clients::new(api.build(), watch.build(), lease.build())
     };
     Ok((clients, addresses))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_clock_is_compared_with_the_date_of_an_answer_and_with_nothing_that_is_none() {
+        let clock = ServerClock::default();
+        let at = |date: &str| HeaderMap::from_iter([(header::DATE, date.parse().unwrap())]);
+        clock.seen(&HeaderMap::new(), 5);
+        clock.seen(&at("yesterday"), 5);
+        assert_eq!(clock.ahead(), None);
+        clock.seen(&at("Thu, 01 Jan 1970 00:01:40 GMT"), 95);
+        assert_eq!(clock.ahead(), Some(-5));
+        clock.seen(&at("Fri, 27 Nov 2026 18:51:35 GMT"), 1_795_805_500);
+        assert_eq!(clock.ahead(), Some(5));
+    }
 }

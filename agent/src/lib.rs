@@ -146,6 +146,7 @@ impl Agent {
         )));
         let tools = Tools {
             calls: api::Calls::new(&clients.api, &config),
+            server_clock: clients.server_clock.clone(),
             host,
             config,
             session: session.to_string(),

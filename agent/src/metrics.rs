@@ -6,7 +6,9 @@ use crate::clock::Host;
 use axum::Router;
 use axum::http::StatusCode;
 use axum::routing::get;
+use gogrid_agent_core::driver;
 use gogrid_agent_core::protocol::{Outcome, RecordResult, Usage};
+use gogrid_agent_core::session::Nanos;
 use gogrid_api::LeaseTiming;
 use prometheus::core::Collector;
 use prometheus::{
@@ -87,6 +89,7 @@ pub struct Metrics {
     attempt_at: AtomicU64,
     good_at: AtomicU64,
     hindrance: Mutex<Option<String>>,
+    driver_gone: Mutex<Option<Nanos>>,
     timing: LeaseTiming,
 }
 
@@ -245,6 +248,7 @@ impl Metrics {
             attempt_at: AtomicU64::new(host.boottime()),
             good_at: AtomicU64::new(0),
             hindrance: Mutex::default(),
+            driver_gone: Mutex::default(),
             timing,
             host,
         };
@@ -268,6 +272,7 @@ impl Metrics {
             loop_at: _,
             attempt_at: _,
             hindrance: _,
+            driver_gone: _,
             good_at: _,
             timing: _,
             build,
@@ -413,6 +418,11 @@ impl Metrics {
         *self.hindrance.lock().unwrap_or_else(PoisonError::into_inner) = why;
     }
 
+    /// Since when the driver can't be loaded any more although it has answered, if that is so.
+    pub(crate) fn set_driver_gone(&self, since: Option<Nanos>) {
+        *self.driver_gone.lock().unwrap_or_else(PoisonError::into_inner) = since;
+    }
+
     fn hindrance(&self) -> Option<String> {
         self.hindrance
             .lock()
@@ -420,15 +430,18 @@ impl Metrics {
             .clone()
     }
 
-    /// Alive: it waits to begin, or the loop turns and renewals are tried. An API server that is away is no reason to be restarted: that
-    /// would turn a pause of the workers into their end.
+    /// Alive: it waits to begin, or the loop turns, renewals are tried, and its driver is not gone for good. An API server
+    /// that is away is no reason to be restarted: that would turn a pause of the workers into their end.
     fn healthy(&self) -> Result<(), String> {
         if self.hindrance().is_some() {
             return Ok(());
         }
         let now = self.host.boottime();
         let lease = self.timing.lease().0.saturating_mul(1_000_000);
-        if now.saturating_sub(self.loop_at.load(Ordering::Relaxed)) > LOOP_LIMIT {
+        let gone = *self.driver_gone.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(why) = driver::useless(gone, now) {
+            Err(why)
+        } else if now.saturating_sub(self.loop_at.load(Ordering::Relaxed)) > LOOP_LIMIT {
             Err("the main loop stands still".to_owned())
         } else if now.saturating_sub(self.attempt_at.load(Ordering::Relaxed)) > lease {
             Err("no renewal of the lease was tried for a whole lease".to_owned())
@@ -522,6 +535,18 @@ mod tests {
         let before = series();
         device("two");
         assert_eq!(series() - before, 12);
+    }
+
+    #[test]
+    fn a_driver_that_went_away_ends_the_health_of_the_process_until_it_is_back() {
+        let metrics = Metrics::new(Arc::new(Machine), LeaseTiming::default()).unwrap();
+        let long_ago = Machine.boottime().saturating_sub(60_000_000_000);
+        metrics.set_driver_gone(Some(Machine.boottime()));
+        assert_eq!(metrics.healthy(), Ok(()));
+        metrics.set_driver_gone(Some(long_ago));
+        assert!(metrics.healthy().is_err_and(|why| why.contains("NVIDIA driver")));
+        metrics.set_driver_gone(None);
+        assert_eq!(metrics.healthy(), Ok(()));
     }
 
     #[test]

@@ -117,6 +117,9 @@ pub async fn run(config: Config) -> Result<(End, std::fs::File), StartError> {
         hub.clone(),
     )
     .step("the thread of the driver")?;
+    if let Some(socket) = config.pod_resources.clone() {
+        tokio::spawn(devices::kubelet::watch(socket, hub.clone()));
+    }
     tokio::spawn(models.clone().scan(hub.clone()));
     signals(hub.clone()).step("signals")?;
     let threads =

@@ -21,8 +21,8 @@ pub struct Order {
     pub assignment: Assignment,
     /// Term of the leader Lease, read after the assignment was first seen.
     pub leader_term: Option<i64>,
-    /// Why it can't be run whatever is free: its profile can't be enforced.
-    pub obstacle: Option<Failure>,
+    /// How it ends without having begun, whatever is free: its profile can't be enforced, or its device can't be used.
+    pub obstacle: Option<Ending>,
 }
 
 /// How far a job of this session is.
@@ -135,6 +135,9 @@ pub struct Context<'a> {
     pub pool: bool,
     /// Whether devices, profiles and the Node's labels are known.
     pub ready: bool,
+    /// Devices that pods hold and the node's written status still offers. A job that is handed back before that is said
+    /// would be placed on them once more.
+    pub unsaid: &'a [String],
     /// Whether the agent is ending, and how far that is.
     pub shutdown: Option<Shutdown>,
 }
@@ -310,7 +313,7 @@ fn consider(context: &Context<'_>, name: &str, order: &Order, ledger: &mut Ledge
         return Some(Step::Inspect(name));
     }
     if let Some(obstacle) = obstacle {
-        return Some(Step::Refuse(name, Ending::Failed(obstacle.clone())));
+        return (!keeps_silent(context, order, obstacle)).then(|| Step::Refuse(name, obstacle.clone()));
     }
     let [stage] = spec.stages.as_slice() else {
         let message = format!(
@@ -343,6 +346,12 @@ fn consider(context: &Context<'_>, name: &str, order: &Order, ledger: &mut Ledge
     }
 }
 
+/// Whether the end of that order is not reported yet.
+fn keeps_silent(context: &Context<'_>, order: &Order, ending: &Ending) -> bool {
+    let mut devices = order.assignment.spec.stages.iter().map(|stage| &stage.gpu_uuid);
+    matches!(ending, Ending::Evicted(_)) && devices.any(|device| context.unsaid.contains(device))
+}
+
 /// The assignment is gone from the API: its worker goes at once, then the bytes.
 fn abandon(name: &str, job: &Job) -> Option<Step> {
     match job.worker {
@@ -364,6 +373,7 @@ fn advance(context: &Context<'_>, name: &str, job: &Job, order: Option<&Order>) 
         Some(_) => kill(name),
         None if job.saving => None,
         None if job.unsaved => Some(Step::Save(name)),
+        None if order.is_some_and(|order| keeps_silent(context, order, &ending)) => None,
         None => Some(Step::Finish(name, ending)),
     };
     if let Some(failure) = &job.failure {
@@ -390,10 +400,14 @@ fn advance(context: &Context<'_>, name: &str, job: &Job, order: Option<&Order>) 
             None => run(context, name, job),
         };
     };
-    // The agent's own end tightens every deadline.
+    // The agent's own end tightens every deadline, and so does what the node wants meanwhile.
     let deadline = context
         .shutdown
         .map_or(stopping.deadline, |s| s.drain_by.min(stopping.deadline));
+    let deadline = job
+        .eviction
+        .as_ref()
+        .map_or(deadline, |(_, by)| deadline.min(*by));
     // A fenced worker can't drain: it stands still.
     let draining = job.phase == Phase::Draining && !job.exhausted && !job.fenced && job.worker.is_some();
     if draining && now < deadline {
@@ -461,6 +475,7 @@ mod tests {
         standing: Standing::Held,
         pool: true,
         ready: true,
+        unsaid: &[],
         shutdown: None,
     };
     const SAID: Shutdown = Shutdown {
@@ -819,6 +834,47 @@ mod tests {
         assert_eq!(
             next(&HELD, &stop, &job),
             Some(Step::Finish("a".into(), Ending::Stopped))
+        );
+    }
+
+    #[test]
+    fn a_job_whose_device_was_given_away_ends_at_once_and_is_handed_back_only_when_the_node_has_said_so() {
+        let unsaid = ["cpu".to_owned()];
+        let silent = Context {
+            unsaid: &unsaid,
+            ..HELD
+        };
+        let why = Failure {
+            reason: crate::guest::DEVICE_CLAIMED.into(),
+            message: "a pod holds it".into(),
+            retryable: true,
+        };
+        let mut job = Job {
+            eviction: Some((why.clone(), HELD.now)),
+            unsaved: true,
+            ..running(Some(1))
+        };
+        let at = |context: &Context<'_>, job: &Job| next(context, &json!({}), job);
+        assert_eq!(at(&silent, &job), Some(Step::Stop("a".into(), HELD.now)));
+        // As if it had been told to stop long before, with time to drain.
+        job.stopping = Some(Stopping { deadline: 10_000 });
+        job.phase = Phase::Draining;
+        assert_eq!(at(&silent, &job), Some(Step::Kill("a".into())));
+        (job.worker, job.killed) = (None, true);
+        assert_eq!(at(&silent, &job), Some(Step::Save("a".into())));
+        job.unsaved = false;
+        assert_eq!(at(&silent, &job), None);
+        let ending = Ending::Evicted(why);
+        assert_eq!(at(&HELD, &job), Some(Step::Finish("a".into(), ending.clone())));
+        // An order that was under way when the device was given away is no failed attempt either.
+        let late = || Order {
+            obstacle: Some(ending.clone()),
+            ..order(&json!({}))
+        };
+        assert_eq!(first(&silent, late()), None);
+        assert_eq!(
+            first(&HELD, late()),
+            Some(Step::Refuse("a".into(), ending.clone()))
         );
     }
 

@@ -10,7 +10,7 @@ use crate::metrics::Metrics;
 use gogrid_agent_core::driver::watch::{Next, Silence, Timing, Watch};
 use std::io;
 use std::os::unix::process::CommandExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
@@ -79,6 +79,13 @@ fn command(library: Option<&PathBuf>) -> Command {
     command
 }
 
+/// Whether the node's kernel has the driver: its directories show through into containers, as its library does not.
+fn in_kernel(root: &Path) -> bool {
+    ["proc/driver/nvidia/version", "sys/module/nvidia"]
+        .iter()
+        .any(|path| root.join(path).exists())
+}
+
 fn keep(
     mut watch: Watch,
     orders: &mpsc::Receiver<Told>,
@@ -88,7 +95,8 @@ fn keep(
 ) {
     let mut probe = Probe::new(|| command(library));
     loop {
-        if let Some(view) = watch.news() {
+        if let Some(mut view) = watch.news() {
+            view.kernel = in_kernel(Path::new("/"));
             hub.send_blocking(Event::Driver(Box::new(view)));
         }
         let order = match watch.next(Machine.boottime()) {
@@ -122,6 +130,21 @@ fn keep(
             Some(Told::Own(pids, busy)) => watch.set_own(pids, busy),
             Some(Told::Released(released)) => watch.set_released(released, Machine.boottime()),
             None => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_driver_in_the_kernel_is_known_by_either_of_its_directories() {
+        for path in ["proc/driver/nvidia/version", "sys/module/nvidia"] {
+            let root = tempfile::tempdir().unwrap();
+            assert!(!in_kernel(root.path()));
+            std::fs::create_dir_all(root.path().join(path)).unwrap();
+            assert!(in_kernel(root.path()), "{path}");
         }
     }
 }

@@ -4,5 +4,6 @@
 
 pub(crate) mod cpu;
 pub(crate) mod driver;
+pub(crate) mod kubelet;
 pub(crate) mod nvml;
 mod probe;

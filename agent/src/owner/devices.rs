@@ -7,20 +7,20 @@ use super::Owner;
 use crate::clock::wall_seconds;
 use gogrid_agent_core::adaptive::Sample;
 use gogrid_agent_core::driver::{View, condition};
-use gogrid_agent_core::plan::Phase;
+use gogrid_agent_core::guest::{self, Allocated};
+use gogrid_agent_core::plan::{Ending, Phase};
 use gogrid_agent_core::session::Nanos;
 use gogrid_agent_core::vram::{Own, Reading};
 use gogrid_api::job::Failure;
-use gogrid_api::names::{CPU_DEVICE, DRIVER_NODE_LABEL, DRIVER_RELEASED};
+use gogrid_api::names::{CPU_DEVICE, DRIVER_NODE_LABEL, DRIVER_RELEASED, GPU_NODE_LABELS};
 use gogrid_api::node::{Device, Health};
-use gogrid_api::{AssignmentSpec, Bytes, Condition};
+use gogrid_api::{AssignmentSpec, Bytes, Condition, ConditionStatus};
 use std::collections::BTreeSet;
 
 impl Owner {
-    /// All devices as they were measured, the CPU first.
+    /// All devices as they were measured and may be used, the CPU first.
     pub(super) fn measured_devices(&self) -> impl Iterator<Item = &Device> {
-        let driver = self.driver.iter().flat_map(|view| &view.devices);
-        self.cpu.iter().chain(driver)
+        self.cpu.iter().chain(&self.lent)
     }
 
     /// All devices as they are published, with our workers' memory taken out of what others use.
@@ -78,7 +78,7 @@ impl Owner {
             self.ledger.observe(&device.uuid, nothing);
         }
         self.end_jobs_of_lost_devices();
-        self.find_obstacles();
+        self.lend(now);
         self.set_caps();
     }
 
@@ -102,6 +102,49 @@ impl Owner {
             .collect()
     }
 
+    /// The kubelet said which devices pods hold, or didn't.
+    pub(super) fn pods_seen(&mut self, answer: Result<Vec<Allocated>, String>, now: Nanos) {
+        if self.guest.heard(answer, now) {
+            self.lend(now);
+        }
+    }
+
+    /// Finds out anew which of the driver's devices may be used, and has jobs leave those that pods hold.
+    fn lend(&mut self, now: Nanos) {
+        let Some(view) = &self.driver else { return };
+        self.holders = self.guest.holders(view);
+        self.lent = self.guest.lent(view);
+        let on = self
+            .work
+            .iter()
+            .map(|(name, work)| (name.as_str(), work.device.as_str()));
+        for (name, failure) in guest::claimed(&self.holders, on) {
+            let Some(job) = self.jobs.get_mut(&name).filter(|job| job.phase != Phase::Over) else {
+                continue;
+            };
+            let known = job
+                .eviction
+                .as_ref()
+                .is_some_and(|(why, _)| why.reason == failure.reason);
+            if !known {
+                tracing::warn!(
+                    assignment = name,
+                    message = failure.message,
+                    "a pod has its device"
+                );
+                // Without a grace: its pod waits for the memory.
+                job.eviction = Some((failure, now));
+            }
+        }
+        self.find_obstacles();
+    }
+
+    /// Finds out which held devices the written status still offers.
+    pub(super) fn note_unsaid(&mut self) {
+        let written = self.pace.last().map_or(&[][..], |status| &status.devices);
+        self.unsaid = guest::unsaid(&self.holders, written);
+    }
+
     /// Jobs on a device that is gone fail, and only those.
     fn end_jobs_of_lost_devices(&mut self) {
         let Some(view) = &self.driver else { return };
@@ -117,12 +160,18 @@ impl Owner {
     }
 
     /// Why an order can't be run here, whatever is free.
-    pub(super) fn obstacle_of(&self, order: &AssignmentSpec) -> Option<Failure> {
-        self.obstacle(order.profile_name.as_deref()).or_else(|| {
-            let uuid = order.stages.first().map(|stage| stage.gpu_uuid.as_str())?;
-            let device = self.measured_devices().find(|device| device.uuid == uuid)?;
-            let message = device.message.as_deref().unwrap_or("it is not healthy");
-            (device.health == Health::Unhealthy).then(|| Failure {
+    pub(super) fn obstacle_of(&self, order: &AssignmentSpec) -> Option<Ending> {
+        if let Some(failure) = self.obstacle(order.profile_name.as_deref()) {
+            return Some(Ending::Failed(failure));
+        }
+        let uuid = order.stages.first().map(|stage| stage.gpu_uuid.as_str())?;
+        if let Some(holder) = self.holders.get(uuid) {
+            return Some(Ending::Evicted(guest::claim(uuid, holder)));
+        }
+        let device = self.measured_devices().find(|device| device.uuid == uuid)?;
+        let message = device.message.as_deref().unwrap_or("it is not healthy");
+        (device.health == Health::Unhealthy).then(|| {
+            Ending::Failed(Failure {
                 reason: "DeviceUnhealthy".into(),
                 message: format!("device {uuid}: {message}"),
                 retryable: true,
@@ -132,7 +181,7 @@ impl Owner {
 
     /// Looks at every order again.
     pub(super) fn find_obstacles(&mut self) {
-        let found: Vec<(String, Option<Failure>)> = self
+        let found: Vec<(String, Option<Ending>)> = self
             .orders
             .iter()
             .map(|(name, order)| (name.clone(), self.obstacle_of(&order.assignment.spec)))
@@ -153,22 +202,45 @@ impl Owner {
             .as_ref()
             .and_then(|labels| labels.get(DRIVER_NODE_LABEL));
         let released = label.is_some_and(|value| value == DRIVER_RELEASED);
+        let gone = self.driver.as_ref().and_then(|view| view.gone_since);
+        self.tools.metrics.set_driver_gone(gone);
         if let Some(driver) = &mut self.tools.driver {
             driver.own(pids, busy);
             driver.released(released);
         }
     }
 
-    /// The driver as a condition of the GpuNode.
-    pub(super) fn driver_condition(&self) -> Option<Condition> {
-        let (status, reason, message) = condition(&self.driver.as_ref()?.state);
-        Some(Condition {
-            type_: "DriverReady".into(),
+    /// What the GpuNode says of the driver, of the pods that hold GPUs, and of the clock.
+    pub(super) fn surroundings(&self, now: Nanos) -> Vec<Condition> {
+        let driver = self
+            .driver
+            .as_ref()
+            .map(|view| condition(view, self.expected_gpu().as_deref()));
+        let said = [
+            ("DriverReady", driver),
+            ("PodGPUsKnown", Some(self.guest.condition(now))),
+            ("ClockAgrees", self.skew.condition()),
+        ];
+        let condition = |type_: &str, (status, reason, message): (ConditionStatus, &str, String)| Condition {
+            type_: type_.to_owned(),
             status,
-            reason: reason.into(),
+            reason: reason.to_owned(),
             message,
             observed_generation: 1,
             last_transition_time: wall_seconds(&*self.tools.host),
-        })
+        };
+        said.into_iter()
+            .filter_map(|(type_, said)| Some(condition(type_, said?)))
+            .collect()
+    }
+
+    /// The label by which the Node has a GPU, if it has one of those.
+    fn expected_gpu(&self) -> Option<String> {
+        let labels = self.labels.as_ref()?;
+        let has = |(key, value): &&(&str, &str)| labels.get(*key).is_some_and(|found| found == value);
+        GPU_NODE_LABELS
+            .iter()
+            .find(has)
+            .map(|(key, value)| format!("{key}={value}"))
     }
 }

@@ -82,6 +82,7 @@ impl Owner {
                 self.driver_seen(View::of(devices), now);
             }
             Event::Driver(view) => self.driver_seen(*view, now),
+            Event::PodGpus(answer) => self.pods_seen(answer, now),
             Event::Sensed(device, sample) => self.sensed(&device, sample),
             Event::Resident(resident) => self.resident(&resident),
             Event::Shutdown => {
@@ -104,6 +105,9 @@ impl Owner {
                 self.look_again(now);
                 self.renewals.succeeded(sent);
                 self.renewed_at = Some(crate::clock::wall_seconds(&*self.tools.host));
+                if let Some(ahead) = self.tools.server_clock.ahead() {
+                    self.skew.observe(ahead);
+                }
                 self.grant_now(now);
                 self.rouse_silent(now);
             }

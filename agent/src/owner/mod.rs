@@ -22,16 +22,19 @@ use crate::clock::Host;
 use crate::config::Config;
 use crate::devices::driver::Driver;
 use crate::event::{Event, Hub};
+use crate::kube_client::ServerClock;
 use crate::link::Link;
 use crate::metrics::Metrics;
 use crate::models::ModelSource;
 use crate::previous::Processes;
 use gogrid_agent_core::driver::View;
+use gogrid_agent_core::guest::{Guest, Holder};
 use gogrid_agent_core::plan::{Context, Job, Order, Phase, Shutdown, plan};
 use gogrid_agent_core::protocol::WorkerId;
 use gogrid_agent_core::report::Pace;
 use gogrid_agent_core::session::{Nanos, Renewals, Standing};
 use gogrid_agent_core::shares::Outstanding;
+use gogrid_agent_core::skew::Skew;
 use gogrid_agent_core::vram::Ledger;
 use gogrid_api::GpuNodeStatus;
 use gogrid_api::effective::NamedProfile;
@@ -85,6 +88,8 @@ pub(crate) struct Tools {
     pub(crate) hub: Hub,
     /// The API server.
     pub(crate) calls: Calls,
+    /// What renewals tell of the clock.
+    pub(crate) server_clock: ServerClock,
     /// Models.
     pub(crate) models: Arc<dyn ModelSource>,
     /// The thread that asks the GPU driver, where there is one.
@@ -120,6 +125,15 @@ pub(crate) struct Owner {
     in_force: Vec<ProfileInForce>,
     cpu: Vec<Device>,
     driver: Option<View>,
+    /// What other pods hold of the driver's devices.
+    guest: Guest,
+    /// The same by device.
+    holders: BTreeMap<String, Holder>,
+    /// The driver's devices as they may be used.
+    lent: Vec<Device>,
+    /// Those that are held and not yet said to be.
+    unsaid: Vec<String>,
+    skew: Skew,
     models: Option<Vec<HeldModel>>,
     pool: Option<Pool>,
     strangers: BTreeSet<WorkerId>,
@@ -150,6 +164,13 @@ impl Owner {
     /// Nothing known yet.
     pub(crate) fn new(tools: Tools) -> Self {
         let renewals = Renewals::new(tools.config.timing);
+        let Config {
+            pod_resources,
+            own_pod,
+            gpu_resources,
+            ..
+        } = &tools.config;
+        let guest = Guest::new(pod_resources.is_some(), own_pod.clone(), gpu_resources.clone());
         Self {
             tools,
             renewals,
@@ -168,6 +189,11 @@ impl Owner {
             in_force: vec![],
             cpu: vec![],
             driver: None,
+            guest,
+            holders: BTreeMap::new(),
+            lent: vec![],
+            unsaid: vec![],
+            skew: Skew::default(),
             models: None,
             pool: None,
             strangers: BTreeSet::new(),
@@ -247,6 +273,7 @@ impl Owner {
             // Beside workers of an old session nothing starts: their bytes are not ours to give yet.
             pool: self.pool.is_some() && self.strangers.is_empty(),
             ready: self.profiles.is_some() && self.labels.is_some() && !self.cpu.is_empty(),
+            unsaid: &self.unsaid,
             shutdown: self.shutdown,
         }
     }
@@ -256,6 +283,7 @@ impl Owner {
         for _ in 0..ROUNDS {
             let now = self.tools.host.boottime();
             self.observe(now);
+            self.note_unsaid();
             let mut ledger = std::mem::take(&mut self.ledger);
             ledger.keep_only(now, |name| {
                 self.jobs.get(name).is_some_and(|job| job.phase != Phase::Over)

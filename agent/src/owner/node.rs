@@ -61,8 +61,11 @@ impl Owner {
 
     /// Writes the GpuNode if it is worth it. The session is published only under a held lease.
     pub(super) fn flush_node(&mut self, now: Nanos) {
-        let known =
-            self.profiles.is_some() && self.labels.is_some() && !self.cpu.is_empty() && self.driver.is_some();
+        let known = self.profiles.is_some()
+            && self.labels.is_some()
+            && !self.cpu.is_empty()
+            && self.driver.is_some()
+            && self.guest.settled();
         let held = self.renewals.standing(now) == Standing::Held;
         if self.node_writing || !known || !held || self.models.is_none() || now < self.node_retry_at {
             return;
@@ -99,8 +102,8 @@ impl Owner {
         };
         let mut conditions = std::mem::take(&mut self.status.conditions);
         set_condition(&mut conditions, self.ready());
-        if let Some(driver) = self.driver_condition() {
-            set_condition(&mut conditions, driver);
+        for condition in self.surroundings(now) {
+            set_condition(&mut conditions, condition);
         }
         self.status = GpuNodeStatus {
             conditions,

@@ -325,11 +325,7 @@ impl Cluster {
         let session = Session::new(&format!("boot-{boot}"), &format!("life-{life}"));
         let models = SimulatedModels::new(node.yard.clone(), node.rng.split());
         let metrics = gogrid_agent::metrics::Metrics::new(Arc::clone(&host), timing).map_err(broken)?;
-        let clients = Clients {
-            api: client(15),
-            watch: client(130),
-            lease: client(4),
-        };
+        let clients = Clients::new(client(15), client(130), client(4));
         let (hub, events) = Hub::new();
         let known = session.to_string();
         let mut agent = Agent::new(config, host, session, clients, Arc::new(models), metrics, 4);

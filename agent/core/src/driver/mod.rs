@@ -6,8 +6,9 @@
 pub mod watch;
 
 use crate::adaptive::Sample;
+use crate::session::{Nanos, nanos};
 use gogrid_api::node::Device;
-use gogrid_api::{Bytes, ConditionStatus};
+use gogrid_api::{Bytes, ConditionStatus, Millis};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -171,6 +172,28 @@ pub struct View {
     pub loads: BTreeMap<String, Load>,
     /// Devices that are gone, and the driver's words.
     pub lost: BTreeMap<String, String>,
+    /// Index of each device's GPU, and its own index within that if it is a part of one.
+    pub places: BTreeMap<String, (u32, Option<u32>)>,
+    /// Since when it can't be loaded any more although it has answered in this life.
+    pub gone_since: Option<Nanos>,
+    /// Whether the node's kernel has the driver, whatever this process can load.
+    pub kernel: bool,
+}
+
+/// How long a driver that has answered may be impossible to load before this process is of no more use: a container loses
+/// its devices for good when they are taken from its cgroup, and a new one gets them.
+pub const GONE_LIMIT: Millis = Millis(10_000);
+
+/// Why this process should be replaced by a new one for the driver's sake, if so. Never where there was no driver: a new
+/// process would find none either.
+pub fn useless(gone_since: Option<Nanos>, now: Nanos) -> Option<String> {
+    let since = gone_since?;
+    (now >= since.saturating_add(nanos(GONE_LIMIT))).then(|| {
+        format!(
+            "the NVIDIA driver has answered before and can't be loaded since {} s: a new container gets its devices again",
+            now.saturating_sub(since) / 1_000_000_000
+        )
+    })
 }
 
 /// What a device does: the signals of the adaptive law.
@@ -206,9 +229,10 @@ impl Load {
     }
 }
 
-/// The driver as a condition of the node: status, reason and message.
-pub fn condition(state: &DriverState) -> (ConditionStatus, &'static str, String) {
-    match state {
+/// The driver as a condition of the node: status, reason and message. `expected` says by which of the Node's labels there
+/// must be a GPU, if by one.
+pub fn condition(view: &View, expected: Option<&str>) -> (ConditionStatus, &'static str, String) {
+    match &view.state {
         DriverState::Starting => (
             ConditionStatus::Unknown,
             "DriverStarting",
@@ -233,11 +257,30 @@ pub fn condition(state: &DriverState) -> (ConditionStatus, &'static str, String)
                 ),
             }
         }
-        DriverState::NoDriver(why) => (
+        DriverState::NoDriver(why) if view.kernel => (
             ConditionStatus::False,
-            "NoDriver",
-            format!("no NVIDIA driver can be used ({why}): jobs run on the CPU only"),
+            "DriverNotInPod",
+            format!(
+                "the node's kernel has the NVIDIA driver, and this process can't use it ({why}): set \
+                 agent.runtimeClassName, or runtimeClassName of the node's flavour, to the RuntimeClass of NVIDIA's \
+                 container runtime, most often nvidia; until then jobs run on the CPU only"
+            ),
         ),
+        DriverState::NoDriver(why) => match expected {
+            Some(label) => (
+                ConditionStatus::False,
+                "DriverNotLoaded",
+                format!(
+                    "by its label {label} the Node has an NVIDIA GPU, and its kernel has no driver for it ({why}): \
+                     install the driver on the node, or take the label away; until then jobs run on the CPU only"
+                ),
+            ),
+            None => (
+                ConditionStatus::False,
+                "NoDriver",
+                format!("no NVIDIA driver can be used ({why}): jobs run on the CPU only"),
+            ),
+        },
         DriverState::Unresponsive(why) => (
             ConditionStatus::False,
             "DriverUnresponsive",
@@ -270,6 +313,9 @@ impl View {
             devices,
             loads: BTreeMap::new(),
             lost: BTreeMap::new(),
+            places: BTreeMap::new(),
+            gone_since: None,
+            kernel: false,
         }
     }
 
@@ -298,9 +344,8 @@ mod tests {
     fn view(state: DriverState) -> View {
         View {
             state,
-            devices: vec![],
-            loads: BTreeMap::new(),
             lost: BTreeMap::from([("GPU-a".into(), "it fell off the bus".into())]),
+            ..View::of(vec![])
         }
     }
 
@@ -345,7 +390,7 @@ mod tests {
 
     #[test]
     fn every_condition_of_the_driver_says_what_to_do_or_what_goes_on() {
-        let of = |state| condition(&state);
+        let of = |state| condition(&view(state), None);
         assert_eq!(of(DriverState::NoDriver("x".into())).1, "NoDriver");
         assert!(of(DriverState::NoDriver("x".into())).2.contains("CPU"));
         assert!(of(DriverState::Unresponsive("late".into())).2.contains("Xid"));
@@ -356,5 +401,31 @@ mod tests {
         });
         assert_eq!((status, reason), (ConditionStatus::True, "DevicesLost"));
         assert!(message.contains("580.1") && message.contains("GPU 1: lost"));
+    }
+
+    #[test]
+    fn a_missing_driver_names_the_value_to_set_or_the_label_that_promises_one() {
+        let absent = view(DriverState::NoDriver("no libnvidia-ml.so.1".into()));
+        let in_kernel = View {
+            kernel: true,
+            ..absent.clone()
+        };
+        for expected in [None, Some("nvidia.com/gpu.present=true")] {
+            let (_, reason, message) = condition(&in_kernel, expected);
+            assert_eq!(reason, "DriverNotInPod");
+            assert!(message.contains("agent.runtimeClassName") && message.contains("libnvidia-ml"));
+        }
+        let (_, reason, message) = condition(&absent, Some("nvidia.com/gpu.present=true"));
+        assert_eq!(reason, "DriverNotLoaded");
+        assert!(message.contains("nvidia.com/gpu.present=true") && message.contains("install"));
+        assert_eq!(condition(&absent, None).1, "NoDriver");
+    }
+
+    #[test]
+    fn a_process_is_useless_ten_seconds_after_its_driver_went_and_never_where_there_was_none() {
+        let limit = nanos(GONE_LIMIT);
+        assert_eq!(useless(None, u64::MAX), None);
+        assert_eq!(useless(Some(5), 4 + limit), None);
+        assert!(useless(Some(5), 5 + limit).is_some_and(|why| why.contains("10 s")));
     }
 }

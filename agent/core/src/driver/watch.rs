@@ -33,6 +33,8 @@ pub struct Timing {
     pub list: Nanos,
     /// Between two looks for a driver that is not there.
     pub absent: Nanos,
+    /// The same where it was there before.
+    pub gone: Nanos,
     /// Pause after the first failure; each further one doubles it up to 64 times that.
     pub retry: Nanos,
     /// Between two looks at the memory of each process, the slow call.
@@ -51,6 +53,7 @@ impl Timing {
             open: second.saturating_mul(30),
             list: second.saturating_mul(60),
             absent: second.saturating_mul(30),
+            gone: second.saturating_mul(2),
             retry: second,
             processes: second.saturating_mul(10),
             processes_moved: second.saturating_mul(5),
@@ -149,6 +152,10 @@ pub struct Watch {
     listed_at: Nanos,
     failures: u32,
     reopen_at: Option<Nanos>,
+    /// It has answered in this life, and was not released since.
+    worked: bool,
+    /// Since when it can't be loaded any more although it has answered.
+    gone_since: Option<Nanos>,
     dirty: bool,
 }
 
@@ -173,6 +180,8 @@ impl Watch {
             listed_at: 0,
             failures: 0,
             reopen_at: None,
+            worked: false,
+            gone_since: None,
             dirty: true,
         }
     }
@@ -191,6 +200,8 @@ impl Watch {
         self.released = released;
         self.mode = Mode::Closed { until: now };
         self.failures = 0;
+        // What is not there after it was let go may be on its way out or in.
+        (self.worked, self.gone_since) = (false, None);
         self.state = if released {
             DriverState::Released
         } else {
@@ -349,6 +360,7 @@ impl Watch {
     }
 
     fn silent(&mut self, why: String, now: Nanos) {
+        self.gone_since = None;
         self.mode = Mode::Closed {
             until: now.saturating_add(self.pause()),
         };
@@ -359,8 +371,17 @@ impl Watch {
     }
 
     fn absent(&mut self, message: &str, now: Nanos) {
+        if self.worked {
+            self.gone_since.get_or_insert(now);
+        }
+        // One that has answered is soon looked for again: it decides whether this container is of any more use.
+        let pause = if self.worked {
+            self.timing.gone
+        } else {
+            self.timing.absent
+        };
         self.mode = Mode::Closed {
-            until: now.saturating_add(self.timing.absent),
+            until: now.saturating_add(pause),
         };
         self.known.clear();
         self.failures = 0;
@@ -370,6 +391,7 @@ impl Watch {
 
     fn listed(&mut self, version: &str, devices: Vec<Found>, now: Nanos) {
         clip(version, 32).clone_into(&mut self.version);
+        (self.worked, self.gone_since) = (true, None);
         let mut old = std::mem::take(&mut self.known);
         self.nameless.clear();
         for found in devices {

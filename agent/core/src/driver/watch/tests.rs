@@ -268,6 +268,34 @@ fn without_a_driver_nothing_is_listed_and_it_is_looked_for_every_thirty_seconds(
 }
 
 #[test]
+fn a_driver_that_has_answered_and_goes_is_looked_for_every_two_seconds_and_its_absence_is_dated() {
+    let absent = |_: &Ask, _| {
+        Ok(Answer::NoDriver {
+            message: "none".into(),
+        })
+    };
+    let (mut watch, mut now) = (watch(), 0);
+    drive(&mut watch, &mut now, SECOND, absent);
+    assert_eq!(watch.view().gone_since, None, "it never was there");
+    now = 31 * SECOND;
+    drive(&mut watch, &mut now, 40 * SECOND, good(1));
+    // Only a probe that is started anew can find that the library is gone.
+    watch.heard(Err(Silence::Ended("signal 11".into())), now);
+    watch.mode = Mode::Closed { until: now };
+    let asked = drive(&mut watch, &mut now, 50 * SECOND, absent);
+    let since = watch.view().gone_since.unwrap();
+    assert!((40 * SECOND..41 * SECOND).contains(&since), "{since}");
+    assert!((4..=6).contains(&asked.len()), "{asked:?}");
+    drive(&mut watch, &mut now, 60 * SECOND, good(1));
+    assert_eq!(watch.view().gone_since, None, "it is back");
+    // One that was let go may be replaced by another before it is there again.
+    watch.set_released(true, now);
+    watch.set_released(false, now);
+    drive(&mut watch, &mut now, 61 * SECOND, absent);
+    assert_eq!(watch.view().gone_since, None);
+}
+
+#[test]
 fn a_released_driver_is_let_go_at_once_and_asked_nothing_until_it_may_be_held_again() {
     let (mut watch, mut now) = (watch(), 0);
     drive(&mut watch, &mut now, 15 * SECOND, good(2));
@@ -330,7 +358,7 @@ fn what_a_broken_library_says_is_cut_to_what_a_gpunode_takes() {
             .all(|d| d.name.len() <= 128 && d.compute_capability.is_none())
     );
     assert_eq!(view.loads["GPU-0"].busy_percent, Some(100));
-    let (_, _, message) = crate::driver::condition(&view.state);
+    let (_, _, message) = crate::driver::condition(&view, None);
     assert!(message.len() <= 1024 && message.contains("not its own") && message.contains("more than 63"));
 }
 

@@ -35,6 +35,13 @@ impl Watch {
             devices: self.known.iter().map(|k| self.device(k)).collect(),
             loads: loads.collect::<BTreeMap<_, _>>(),
             lost: lost.collect(),
+            places: self
+                .known
+                .iter()
+                .map(|k| (k.identity.uuid.clone(), (k.index, k.mig)))
+                .collect(),
+            gone_since: self.gone_since,
+            kernel: false,
         }
     }
 
