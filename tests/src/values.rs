@@ -85,6 +85,13 @@ struct Agent {
     /// the plain agent. What a flavour doesn't set is as in `agent` and `workers`.
     #[schemars(length(max = 8), extend("propertyNames" = {"pattern": "^[a-z0-9]([-a-z0-9]{0,14}[a-z0-9])?$"}))]
     flavours: BTreeMap<String, Flavour>,
+    /// Extended resources, and drivers of resource claims, whose devices are GPUs: one that another pod holds gets no job.
+    /// A `*` at the end stands for any ending.
+    #[schemars(
+        length(min = 1, max = 16),
+        inner(length(max = 253), regex(pattern = r"^[A-Za-z0-9][A-Za-z0-9./_-]*\*?$"))
+    )]
+    gpu_resources: Vec<String>,
     image: Image,
     /// How many nodes an upgrade takes at once: a number or a percentage.
     #[schemars(schema_with = "text::count_or_percent")]
@@ -95,6 +102,10 @@ struct Agent {
     /// Which nodes lend their devices. GoGrid is a guest: choose them.
     node_selector: BTreeMap<String, String>,
     pod_annotations: BTreeMap<String, String>,
+    /// The kubelet's directory with the socket that says which pods hold GPUs: `pod-resources` beneath its `--root-dir`.
+    /// Empty = the kubelet is not asked, and no GPU counts as held.
+    #[schemars(length(max = 1024), regex(pattern = r"^(/[^\s:]+)?$"))]
+    pod_resources_dir: String,
     resources: Resources,
     /// `nvidia` where the GPU runtime is not the container runtime's default.
     #[schemars(length(max = 63), regex(pattern = r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?)?$"))]

@@ -40,6 +40,8 @@ fn maximal() -> Value {
     operator["priorityClassName"] = json!("high");
     let mut agent = pod("a");
     agent["stateDir"] = json!("/data/gogrid");
+    agent["podResourcesDir"] = json!("/data/kubelet/pod-resources");
+    agent["gpuResources"] = json!(["nvidia.com/gpu"]);
     agent["runtimeClassName"] = json!("nvidia");
     agent["maxUnavailable"] = json!("10%");
     json!({

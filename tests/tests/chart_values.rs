@@ -77,12 +77,13 @@ async fn all_hold(cases: Vec<Case>) {
 const POD: &str = "/spec/template/spec";
 
 /// Blocks over what is never empty: constants, files of the chart, and lists of which the schema wants one entry.
-const NEVER_LEFT: [&str; 12] = [
+const NEVER_LEFT: [&str; 13] = [
     "NOTES.txt: range .Values.modelRoots",
     "_helpers.tpl: range .",
     "_helpers.tpl: range .Values.modelRoots",
     "admission-writers.yaml: range $i, $g := .Values.admission.adminGroups",
     "agent.yaml: range $i, $root := .Values.modelRoots",
+    "agent.yaml: range .Values.agent.gpuResources",
     "agent.yaml: with .root",
     "crds.yaml: range $path, $_ := .Files.Glob \"files/crds/*.yaml\"",
     "dashboards.yaml: range $path, $_ := .Files.Glob \"files/dashboards/*.json\"",
@@ -252,6 +253,27 @@ fn cases_of_agents() -> Vec<Case> {
             "/spec/template/spec/containers/1/resources/limits/memory",
             json!("2Gi"),
         ),
+        case(
+            json!({"agent": {"podResourcesDir": "/k0s/pod-resources"}}),
+            "DaemonSet",
+            "gogrid-agent",
+            "/spec/template/spec/containers/0/volumeMounts/4",
+            json!({"name": "pod-resources", "mountPath": "/k0s/pod-resources", "readOnly": true}),
+        ),
+        case(
+            json!({"agent": {"podResourcesDir": "/k0s/pod-resources"}}),
+            "DaemonSet",
+            "gogrid-agent",
+            "/spec/template/spec/volumes/4/hostPath/path",
+            json!("/k0s/pod-resources"),
+        ),
+        case(
+            json!({"agent": {"podResourcesDir": ""}}),
+            "DaemonSet",
+            "gogrid-agent",
+            "/spec/template/spec/volumes/4/name",
+            json!("models-0"),
+        ),
         absent(
             json!({"agent": {"nodeSelector": {"kubernetes.io/os": null}}}),
             "DaemonSet",
@@ -264,6 +286,33 @@ fn cases_of_agents() -> Vec<Case> {
 #[tokio::test]
 async fn each_value_of_the_agents_alone_ends_in_its_field() {
     all_hold(cases_of_agents()).await;
+}
+
+#[tokio::test]
+async fn the_kubelet_is_asked_for_the_resources_that_are_named_and_not_at_all_where_its_directory_is_empty() {
+    let args = |values: Value| async move {
+        let rendered = chart::rendered(&values).await.unwrap();
+        let agent = rendered.iter().find(|o| o["kind"] == "DaemonSet").unwrap();
+        let args = agent.pointer(&format!("{POD}/containers/0/args")).unwrap();
+        let args = args
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|arg| arg.as_str().unwrap().to_owned());
+        args.filter(|arg| arg.starts_with("--pod-resources") || arg.starts_with("--gpu"))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(
+        args(json!({"agent": {"podResourcesDir": "/k", "gpuResources": ["a.dev/gpu"]}})).await,
+        [
+            "--pod-resources-socket=/k/kubelet.sock",
+            "--gpu-resource=a.dev/gpu"
+        ]
+    );
+    assert_eq!(
+        args(json!({"agent": {"podResourcesDir": "", "gpuResources": ["a", "b*"]}})).await,
+        ["--gpu-resource=a", "--gpu-resource=b*"]
+    );
 }
 
 fn cases_of_flavours() -> Vec<Case> {
