@@ -3,8 +3,8 @@
 //! Owns: reading the scenario anew when it changes, initialisation and resets, what every call does before it answers.
 //! Must not touch memory of the caller.
 
-use crate::SCENARIO_VARIABLE;
 use crate::scenario::{Device, Lost, Part, Scenario};
+use crate::{LIBRARY_FILE, SCENARIO_FILE, SCENARIO_VARIABLE};
 use nvml_wrapper_sys::bindings::{
     nvmlReturn_enum_NVML_ERROR_GPU_IS_LOST as GPU_IS_LOST,
     nvmlReturn_enum_NVML_ERROR_INVALID_ARGUMENT as INVALID_ARGUMENT,
@@ -14,7 +14,7 @@ use nvml_wrapper_sys::bindings::{
 use std::fs::{self, OpenOptions};
 use std::io::Write as _;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -29,12 +29,21 @@ static INITIALISED: AtomicU64 = AtomicU64::new(0);
 /// Calls made under the scenario as last read.
 static CALLS: AtomicU64 = AtomicU64::new(0);
 
+/// The file that the variable names, or the one beside this library, wherever that lies.
 fn path() -> Option<PathBuf> {
     #[expect(
         clippy::disallowed_methods,
         reason = "a library has no other way to be told anything"
     )]
-    std::env::var_os(SCENARIO_VARIABLE).map(PathBuf::from)
+    let named = std::env::var_os(SCENARIO_VARIABLE).map(PathBuf::from);
+    named.or_else(|| {
+        let maps = fs::read_to_string("/proc/self/maps").ok()?;
+        let mut files = maps
+            .lines()
+            .filter_map(|line| line.find('/').and_then(|at| line.get(at..)));
+        let library = files.find(|file| file.ends_with(LIBRARY_FILE))?;
+        Some(Path::new(library).with_file_name(SCENARIO_FILE))
+    })
 }
 
 /// The scenario as it is now; none that can be read: a driver that answers UNKNOWN.

@@ -18,7 +18,10 @@ use serde_json::{Value, json};
 use crate::{LONG, on_real_nodes, submit, until_answering, until_right, values};
 
 /// Answers of a job's records as they lie in checkpoints, by the checkpoint's name.
-async fn checkpoints(installed: &Installed, job: &InferenceJob) -> Result<BTreeMap<String, Vec<String>>> {
+pub(crate) async fn checkpoints(
+    installed: &Installed,
+    job: &InferenceJob,
+) -> Result<BTreeMap<String, Vec<String>>> {
     let maps: Api<ConfigMap> = Api::namespaced(installed.client.clone(), NAMESPACE);
     let of_job = format!(
         "gogrid.dev/job-uid={},gogrid.dev/role=result",
@@ -46,13 +49,13 @@ async fn checkpoints(installed: &Installed, job: &InferenceJob) -> Result<BTreeM
 }
 
 /// The record that lies in two checkpoints, if one does: it was run again though it was finished.
-fn run_again(checkpoints: &BTreeMap<String, Vec<String>>) -> Option<&String> {
+pub(crate) fn run_again(checkpoints: &BTreeMap<String, Vec<String>>) -> Option<&String> {
     let mut seen = std::collections::BTreeSet::new();
     checkpoints.values().flatten().find(|id| !seen.insert(*id))
 }
 
 /// Follows a job's checkpoints until it is over.
-async fn last_checkpoints(
+pub(crate) async fn last_checkpoints(
     installed: &Installed,
     job: &InferenceJob,
 ) -> Result<BTreeMap<String, Vec<String>>> {

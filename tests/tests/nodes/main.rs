@@ -1,6 +1,7 @@
 //! GoGrid installed by helm on two real nodes: pods, their confinement, their life cycle, and what happens to jobs when
 //! parts of a node fail. Skipped, loudly, where real nodes can't be run.
 
+mod devices;
 mod failures;
 mod install;
 mod lifecycle;
@@ -12,6 +13,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use gogrid_api::{InferenceJob, condition};
+use gogrid_simnvml::LIBRARY_FILE;
 use gogrid_tests::cluster::on_runtime;
 use gogrid_tests::installed::{Installed, spec};
 use gogrid_tests::jobs::{self, Questions};
@@ -45,11 +47,17 @@ where
     })
 }
 
-/// Little memory for workers, so that a test can use it up, and kinds of nodes on which no agent can run.
+/// Little memory for workers, so that a test can use it up, a driver's library that is there once a test puts it there, and
+/// kinds of nodes on which no agent can run.
 fn values() -> Value {
     json!({
         "agent": {
-            "extraArgs": ["--cpu-memory-reserve=256Mi"],
+            "extraArgs": [
+                "--cpu-memory-reserve=256Mi",
+                format!("--nvml-library={}/{LIBRARY_FILE}", devices::DRIVER),
+                "--cuda-on-cpu",
+                "--driver-second-millis=200",
+            ],
             // Of nodes that a test labels so.
             "flavours": {
                 "no-runtime": {"runtimeClassName": "nowhere"},

@@ -107,7 +107,7 @@ fn agent_pool_and_worker_have_no_capability_no_writable_root_and_a_system_call_f
                 process.command
             );
             let root = format!("/proc/{}/root", process.pid);
-            for secret in ["var/run/secrets", "run/secrets"] {
+            for secret in ["var/run/secrets", "run/secrets", "var/lib/kubelet"] {
                 let path = Path::new(&root).join(secret);
                 ensure!(!path.exists(), "{} sees {secret}", process.command);
             }
@@ -115,6 +115,11 @@ fn agent_pool_and_worker_have_no_capability_no_writable_root_and_a_system_call_f
         ensure!(
             token(agent.pid).exists(),
             "the check of tokens looks at the wrong place"
+        );
+        let kubelet = mount_options(agent.pid, "/var/lib/kubelet/pod-resources")?;
+        ensure!(
+            kubelet.split(',').any(|o| o == "ro"),
+            "the kubelet's directory is {kubelet}"
         );
 
         let threads = procfs::threads(worker.pid)?;

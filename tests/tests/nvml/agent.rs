@@ -458,3 +458,70 @@ fn a_job_yields_to_others_on_its_card_has_its_share_again_afterwards_and_yields_
         share("the floor of a hot card", 0.05).await
     })
 }
+
+#[test]
+fn outside_a_pod_cards_are_lent_without_asking_a_kubelet_and_a_wrong_clock_is_told_and_nothing_else()
+-> Result<()> {
+    on_runtime(async {
+        let args = ["--cuda-on-cpu", "--wall-offset-seconds=-90"];
+        let bench = Bench::start("slow-clock", &Scenario::cards(1), 4, &args).await?;
+        bench
+            .until_devices("a healthy card", |d| {
+                d.len() == 1 && d[0].health == Health::Healthy
+            })
+            .await?;
+        let status = eventually(SOON, "the clock to be compared", || async {
+            let status = bench.status().await?;
+            let clock = condition::find(&status.conditions, "ClockAgrees");
+            let clock = clock.with_context(|| format!("{:?}", status.conditions))?;
+            ensure!(
+                clock.reason == "ClockOff" && clock.message.contains("90 s behind"),
+                "{clock:?}"
+            );
+            Ok(status)
+        })
+        .await?;
+        let kubelet = condition::find(&status.conditions, "PodGPUsKnown");
+        ensure!(
+            kubelet.is_some_and(|c| c.reason == "KubeletNotAsked"),
+            "{kubelet:?}"
+        );
+        ensure!(
+            condition::is_true(&status.conditions, "Ready"),
+            "{:?}",
+            status.conditions
+        );
+        Ok(())
+    })
+}
+
+#[test]
+fn before_the_kubelet_was_ever_heard_cards_are_not_lent_and_the_node_says_which_value_to_set() -> Result<()> {
+    on_runtime(async {
+        let args = ["--cuda-on-cpu", "--pod-resources-socket=/nowhere/kubelet.sock"];
+        let bench = Bench::start("deaf", &Scenario::cards(1), 4, &args).await?;
+        let cards = bench
+            .until_devices("a card that is not lent", |d| {
+                d.len() == 1
+                    && d[0]
+                        .message
+                        .as_deref()
+                        .is_some_and(|m| m.contains("PodGPUsKnown"))
+            })
+            .await?;
+        ensure!(cards[0].health == Health::Unhealthy, "{cards:?}");
+        let status = bench.status().await?;
+        ensure!(
+            status.devices[0].health == Health::Healthy,
+            "the CPU is lent all the same"
+        );
+        let found = condition::find(&status.conditions, "PodGPUsKnown");
+        ensure!(
+            found.is_some_and(|c| c.reason == "KubeletUnreadable"
+                && c.message.contains("/nowhere/kubelet.sock")
+                && c.message.contains("agent.podResourcesDir")),
+            "{found:?}"
+        );
+        Ok(())
+    })
+}

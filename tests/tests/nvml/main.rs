@@ -12,17 +12,13 @@ mod probe;
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
+use gogrid_simnvml::LIBRARY_FILE;
+use gogrid_tests::cluster::program;
 
 /// The simulated driver's library, built beside the running test.
 fn library() -> Result<PathBuf> {
-    let me = std::env::current_exe()?;
-    me.ancestors()
-        .skip(1)
-        .take(2)
-        .map(|dir| dir.join("libgogrid_simnvml.so"))
-        .find(|path| path.is_file())
-        .context("libgogrid_simnvml.so is not beside the test: run `make build` first")
+    program(LIBRARY_FILE)
 }
 
 /// A copy of the library in which no symbol of that name can be found: what an older driver looks like.
