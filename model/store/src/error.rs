@@ -145,7 +145,10 @@ pub enum StoreError {
         path: PathBuf,
     },
     /// Not enough room for the model.
-    #[error("{needed} bytes are needed on disk and {free} are free")]
+    #[error(
+        "{needed} bytes are needed on the disk of this node's model cache and {free} are free: make room there, or put \
+         the cache (agent.stateDir) on a larger disk"
+    )]
     InsufficientDisk {
         /// Bytes needed, the reserve included.
         needed: u64,

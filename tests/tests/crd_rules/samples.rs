@@ -141,7 +141,7 @@ fn assignment() -> Sample {
 fn gpu_node() -> Sample {
     let device = json!({
         "uuid": "GPU-1", "name": "Some GPU", "backend": "CUDA", "memoryTotal": "24Gi", "memoryReserved": "1Gi", "memoryForeign": "0",
-        "memoryFree": "23Gi", "computeCapability": "8.6", "health": "Healthy", "message": "fine",
+        "memoryFree": "23Gi", "computeCapability": "8.6", "health": "Healthy", "message": "fine", "holder": "lab/train",
     });
     let status = json!({
         "conditions": [condition()], "session": "boot/instance", "agentVersion": "0.1.0", "devices": [device],
