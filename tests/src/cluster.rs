@@ -20,6 +20,7 @@ use serde_json::{Value, json};
 use crate::chart;
 use crate::controlplane::ControlPlane;
 use crate::jobs;
+use crate::netns::Outpost;
 use crate::process::Process;
 use crate::prometheus;
 use crate::wait::eventually;
@@ -43,6 +44,8 @@ pub fn tenths_of_lease(tenths: u32) -> Duration {
     Duration::from_millis(u64::from(lease_seconds()) * 100) * tenths
 }
 
+/// What the one operator is called where a test doesn't say otherwise.
+const OPERATOR: &str = "operator";
 const READY_WITHIN: Duration = Duration::from_secs(60);
 
 /// What can be chosen about a cluster.
@@ -58,6 +61,8 @@ pub struct ClusterOptions {
     pub agent_args: Vec<String>,
     /// More environment for every agent.
     pub agent_env: Vec<(String, String)>,
+    /// Whether workers stamp their steps: see [`crate::steps`].
+    pub stamped: bool,
     /// Where a program, `operator` or a node's, serves its metrics; any other picks a free port.
     pub metrics: BTreeMap<String, SocketAddr>,
 }
@@ -73,6 +78,7 @@ impl ClusterOptions {
             model_roots: vec![jobs::model_root()],
             agent_args: vec![],
             agent_env: vec![],
+            stamped: false,
             metrics: BTreeMap::new(),
         }
     }
@@ -85,7 +91,8 @@ pub struct Cluster {
     /// A client with every right.
     pub client: Client,
     options: ClusterOptions,
-    operator_kubeconfig: PathBuf,
+    /// By the operator's name; all without an entry share the one of `operator`.
+    operator_kubeconfigs: Mutex<BTreeMap<String, PathBuf>>,
     agent_kubeconfigs: BTreeMap<String, PathBuf>,
     processes: Mutex<BTreeMap<String, Arc<Process>>>,
     starts: Mutex<u32>,
@@ -114,30 +121,32 @@ impl Cluster {
     /// Installs the chart, makes the nodes, and starts one operator and one agent a node; returns when all are ready.
     pub async fn start(control: Arc<ControlPlane>, options: ClusterOptions) -> Result<Self> {
         let cluster = Self::install(control, options).await?;
-        cluster.start_operator(&[])?;
-        // Agents that list profiles before there are any would turn the first jobs away.
-        cluster.until_presets().await?;
-        let nodes: Vec<String> = cluster
-            .options
-            .nodes
-            .iter()
-            .map(|(name, _)| name.clone())
-            .collect();
-        for node in &nodes {
-            cluster.start_agent(node)?;
-        }
-        for node in &nodes {
-            cluster.until_node_ready(node).await?;
-        }
+        cluster.begin(&BTreeMap::new()).await?;
         Ok(cluster)
+    }
+
+    /// What [`Self::start`] does after [`Self::install`]; agents of nodes that are named here run out there.
+    pub async fn begin(&self, outposts: &BTreeMap<String, Outpost>) -> Result<()> {
+        self.start_operator(&[])?;
+        // Agents that list profiles before there are any would turn the first jobs away.
+        self.until_presets().await?;
+        for (node, _) in &self.options.nodes {
+            match outposts.get(node) {
+                Some(outpost) => self.start_agent_at(outpost, node, &[])?,
+                None => self.start_agent(node)?,
+            };
+        }
+        for (node, _) in &self.options.nodes {
+            self.until_node_ready(node).await?;
+        }
+        Ok(())
     }
 
     /// As [`Self::start`], without any process of ours.
     pub async fn install(control: Arc<ControlPlane>, options: ClusterOptions) -> Result<Self> {
         let client = control.admin_client().await?;
         chart::install(&control, NAMESPACE, &json!({})).await?;
-        let operator_token = control.token_for_sa(NAMESPACE, chart::OPERATOR).await?;
-        let operator_kubeconfig = control.kubeconfig_for_token("operator", &operator_token)?;
+        let operator_kubeconfig = operator_kubeconfig(&control, OPERATOR).await?;
         let mut agent_kubeconfigs = BTreeMap::new();
         for (node, profile) in &options.nodes {
             let label: Vec<(&str, &str)> = profile
@@ -151,14 +160,14 @@ impl Cluster {
                 .await?;
             agent_kubeconfigs.insert(
                 node.clone(),
-                control.kubeconfig_for_token_file(&format!("agent-{node}"), &token)?,
+                control.kubeconfig_for_token_file(&agent_kubeconfig_name(node), &token)?,
             );
         }
         Ok(Self {
             control,
             client,
             options,
-            operator_kubeconfig,
+            operator_kubeconfigs: Mutex::new(BTreeMap::from([(OPERATOR.to_owned(), operator_kubeconfig)])),
             agent_kubeconfigs,
             processes: Mutex::default(),
             starts: Mutex::default(),
@@ -167,11 +176,29 @@ impl Cluster {
 
     /// Starts an operator under the chart's service account, with these flags besides the usual ones.
     pub fn start_operator(&self, more: &[&str]) -> Result<Arc<Process>> {
-        self.start_operator_as("operator", more)
+        self.start_operator_as(OPERATOR, more)
+    }
+
+    /// Gives operators of that name a token of their own, by which the audit log tells them from others.
+    pub async fn admit_operator(&self, name: &str) -> Result<()> {
+        let kubeconfig = operator_kubeconfig(&self.control, name).await?;
+        let mut all = self
+            .operator_kubeconfigs
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        all.insert(name.to_owned(), kubeconfig);
+        Ok(())
     }
 
     /// As [`Self::start_operator`], beside the one that is called `operator`.
     pub fn start_operator_as(&self, name: &str, more: &[&str]) -> Result<Arc<Process>> {
+        let kubeconfig = {
+            let all = self
+                .operator_kubeconfigs
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            all.get(name).or_else(|| all.get(OPERATOR)).cloned()
+        };
         let mut command = Command::new(program("gogrid-operator")?);
         command.args([
             "--namespace",
@@ -189,7 +216,7 @@ impl Cluster {
         }
         command
             .args(more)
-            .env("KUBECONFIG", &self.operator_kubeconfig)
+            .env("KUBECONFIG", kubeconfig.context("no operator's kubeconfig")?)
             .env("RUST_BACKTRACE", "1");
         self.launch(name, command)
     }
@@ -201,6 +228,21 @@ impl Cluster {
 
     /// As [`Self::start_agent`], with more flags.
     pub fn start_agent_with(&self, node: &str, more: &[&str]) -> Result<Arc<Process>> {
+        self.launch(node, self.agent_command(node, more)?)
+    }
+
+    /// As [`Self::start_agent_with`], out there; the cable must lead to this cluster's API server.
+    pub fn start_agent_at(&self, outpost: &Outpost, node: &str, more: &[&str]) -> Result<Arc<Process>> {
+        let mut command = self.agent_command(node, more)?;
+        let name = agent_kubeconfig_name(node);
+        command.env(
+            "KUBECONFIG",
+            self.control.kubeconfig_through(&name, outpost.address())?,
+        );
+        self.launch(node, outpost.command(&command))
+    }
+
+    fn agent_command(&self, node: &str, more: &[&str]) -> Result<Command> {
         let mut command = Command::new(program("gogrid-agent")?);
         let state = self.agent_dir(node);
         std::fs::create_dir_all(&state)?;
@@ -225,6 +267,11 @@ impl Cluster {
         for root in &self.options.model_roots {
             command.arg("--model-root").arg(root);
         }
+        if self.options.stamped {
+            let stamps = self.stamps_dir(node);
+            std::fs::create_dir_all(&stamps)?;
+            command.arg("--stamps").arg(stamps);
+        }
         let kubeconfig = self
             .agent_kubeconfigs
             .get(node)
@@ -235,12 +282,17 @@ impl Cluster {
             .args(more)
             .env("KUBECONFIG", kubeconfig)
             .env("RUST_BACKTRACE", "1");
-        self.launch(node, command)
+        Ok(command)
     }
 
     /// Where that node's agent keeps its state.
     pub fn agent_dir(&self, node: &str) -> PathBuf {
         self.control.dir().join(format!("agent-{node}"))
+    }
+
+    /// Where workers of that node stamp their steps.
+    pub fn stamps_dir(&self, node: &str) -> PathBuf {
+        self.agent_dir(node).join("stamps")
     }
 
     fn launch(&self, name: &str, command: Command) -> Result<Arc<Process>> {
@@ -388,6 +440,15 @@ impl Cluster {
     pub async fn results(&self, job: &InferenceJob) -> Result<Vec<Value>> {
         jobs::results(&self.client, job).await
     }
+}
+
+fn agent_kubeconfig_name(node: &str) -> String {
+    format!("agent-{node}")
+}
+
+async fn operator_kubeconfig(control: &ControlPlane, name: &str) -> Result<PathBuf> {
+    let token = control.token_for_sa(NAMESPACE, chart::OPERATOR).await?;
+    control.kubeconfig_for_token(name, &token)
 }
 
 /// One record in the OpenAI Batch shape.

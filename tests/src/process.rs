@@ -54,6 +54,29 @@ pub fn cached_bytes(file: &File) -> io::Result<u64> {
     sys::cached_bytes(file)
 }
 
+/// A process of whomever that can't end, however it is killed, as one whose driver doesn't let go of it: it keeps its
+/// memory and its number until this value is dropped.
+#[derive(Debug)]
+pub struct Undying {
+    _release: mpsc::Sender<()>,
+}
+
+impl Undying {
+    /// Makes the process with that number one.
+    pub fn hold(pid: u32) -> Result<Self> {
+        let pid = i32::try_from(pid)?;
+        let (release, released) = mpsc::channel::<()>();
+        let (ready, held) = mpsc::channel();
+        // The kernel ties it to the thread: when that ends, the process goes on to end.
+        std::thread::Builder::new().name("holder".into()).spawn(move || {
+            let _ = ready.send(sys::hold_at_its_end(pid));
+            let _ = released.recv();
+        })?;
+        held.recv()?.with_context(|| format!("holding process {pid}"))?;
+        Ok(Self { _release: release })
+    }
+}
+
 /// A means of courtesy that can be broken on purpose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Means {
@@ -283,6 +306,17 @@ mod tests {
             .join()
             .unwrap();
         assert!(!process.ended_within(Duration::from_millis(200)));
+    }
+
+    #[test]
+    fn an_undying_process_is_there_after_it_was_killed_and_gone_once_it_is_let_go() {
+        let dir = tempfile::tempdir().unwrap();
+        let process = shell("sleep 1000", dir.path());
+        let held = Undying::hold(u32::try_from(process.pid()).unwrap()).unwrap();
+        process.signal(Signal::KILL).unwrap();
+        assert!(!process.ended_within(Duration::from_millis(200)));
+        drop(held);
+        assert!(process.ended_within(Duration::from_secs(10)));
     }
 
     #[test]

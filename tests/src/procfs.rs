@@ -69,6 +69,22 @@ pub fn workers_of(ancestor: u32) -> Result<Vec<Seen>> {
         .collect())
 }
 
+/// The pool of the agent with that number.
+pub fn pool_of(agent: u32) -> Result<u32> {
+    let all = processes()?;
+    let mut pools = all
+        .iter()
+        .filter(|p| p.parent == agent && p.command.contains("gogrid-worker pool"));
+    Ok(pools.next().context("the agent has no pool")?.pid)
+}
+
+/// What a process is doing, by one letter of proc(5): `T` stands still, `t` is held by a tracer.
+pub fn state(pid: u32) -> Result<char> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let rest = stat.rsplit_once(") ").map_or("", |(_, rest)| rest);
+    rest.chars().next().with_context(|| format!("stat {stat:?}"))
+}
+
 /// Numbers of a process's threads.
 pub fn threads(pid: u32) -> Result<Vec<u32>> {
     let tasks =

@@ -33,6 +33,17 @@ pub(crate) fn at_exit(hook: extern "C" fn()) -> Result<()> {
     Ok(())
 }
 
+/// From now on that process can't end: killed, it stays as it was in its last moment, until the calling thread ends.
+pub(crate) fn hold_at_its_end(pid: i32) -> io::Result<()> {
+    // SAFETY: takes numbers only; the calling thread becomes the tracer of another process.
+    let failed = unsafe { libc::ptrace(libc::PTRACE_SEIZE, pid, 0_usize, libc::PTRACE_O_TRACEEXIT) };
+    if failed == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
 /// I/O priority of a thread: class << 13 | level, as `ioprio_get(2)` answers.
 pub(crate) fn io_priority(thread: u32) -> io::Result<i64> {
     const IOPRIO_WHO_PROCESS: libc::c_int = 1;

@@ -1,20 +1,29 @@
 //! Who asked for what and when, from the API server's audit log.
 
+use std::collections::BTreeMap;
+
 use anyhow::{Context as _, Result};
 use jiff::Timestamp;
 use serde::Deserialize;
 
 use super::ControlPlane;
 
+/// Where a service account's token says which one it is.
+const CREDENTIAL: &str = "authentication.kubernetes.io/credential-id";
+const OURS: &str = "system:serviceaccount:gogrid-system:";
 const READS: [&str; 3] = ["get", "list", "watch"];
 
 /// One finished request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AuditEvent {
+    /// When the API server got it.
+    pub received: Timestamp,
     /// When the API server answered.
     pub at: Timestamp,
     /// The user's full name, such as `system:serviceaccount:<namespace>:<name>`.
     pub user: String,
+    /// Which token of that user's it came with; empty for tokens that carry no such mark.
+    pub credential: String,
     /// `get`, `list`, `watch`, `create`, `update`, `patch`, `delete` or `deletecollection`.
     pub verb: String,
     /// API group; empty for the core group.
@@ -34,6 +43,7 @@ pub struct AuditEvent {
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Line {
+    request_received_timestamp: Timestamp,
     stage_timestamp: Timestamp,
     stage: String,
     verb: String,
@@ -46,6 +56,8 @@ struct Line {
 struct User {
     #[serde(default)]
     username: String,
+    #[serde(default)]
+    extra: BTreeMap<String, Vec<String>>,
 }
 
 #[derive(Default, Deserialize)]
@@ -90,8 +102,11 @@ impl ControlPlane {
                 continue;
             }
             let object = line.object_ref.unwrap_or_default();
+            let mark = line.user.extra.get(CREDENTIAL).and_then(|all| all.first());
             events.push(AuditEvent {
+                received: line.request_received_timestamp,
                 at: line.stage_timestamp,
+                credential: mark.cloned().unwrap_or_default(),
                 user: line.user.username,
                 verb: line.verb,
                 group: object.api_group,
@@ -103,6 +118,13 @@ impl ControlPlane {
             });
         }
         Ok(events)
+    }
+
+    /// As [`Self::audit_writes`], only those that the API server took, by GoGrid's own accounts.
+    pub fn audit_accepted(&self, since: Timestamp, until: Timestamp) -> Result<Vec<AuditEvent>> {
+        let mut writes = self.audit_writes(since, until)?;
+        writes.retain(|event| event.user.starts_with(OURS) && event.code < 300);
+        Ok(writes)
     }
 
     /// Now, by the clock that also stamps the audit log.

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{Read as _, Write as _};
-use std::net::{Ipv4Addr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -23,6 +23,8 @@ const ETCD_WITHIN: Duration = Duration::from_secs(60);
 /// One look takes this long at most; a connection made while the server was starting may never be answered.
 const PROBE_WITHIN: Duration = Duration::from_secs(5);
 const LOG_LINES: usize = 15;
+/// A name that every API server's certificate bears.
+const SERVER_NAME: &str = "kubernetes.default.svc";
 
 /// Writes by anyone are recorded with who, what and when, never with content; reads are not.
 const AUDIT_POLICY: &str = "\
@@ -75,7 +77,7 @@ pub(super) struct Layout {
     controllers_token: String,
     etcd_port: u16,
     etcd_peer_port: u16,
-    port: u16,
+    pub(super) port: u16,
     api_server_flags: Vec<String>,
     users: Vec<User>,
     network: Option<Network>,
@@ -165,6 +167,16 @@ impl Layout {
         self.kubeconfig_with(&self.url(), &serde_json::json!({"tokenFile": token}))
     }
 
+    /// The same for a program that reaches the API server by another address, which its certificate doesn't name.
+    pub(super) fn kubeconfig_through(&self, address: SocketAddr, token: &Path) -> String {
+        let mut config = self.kubeconfig_json(
+            &format!("https://{address}"),
+            &serde_json::json!({"tokenFile": token}),
+        );
+        config["clusters"][0]["cluster"]["tls-server-name"] = SERVER_NAME.into();
+        config.to_string()
+    }
+
     /// The same for a program that runs where the API server does.
     pub(super) fn inner_kubeconfig(&self, token: &str) -> String {
         match &self.network {
@@ -178,10 +190,14 @@ impl Layout {
 
     /// JSON, which is YAML too, so that nothing needs quoting by hand.
     fn kubeconfig_with(&self, server: &str, user: &serde_json::Value) -> String {
+        self.kubeconfig_json(server, user).to_string()
+    }
+
+    fn kubeconfig_json(&self, server: &str, user: &serde_json::Value) -> serde_json::Value {
         let mut cluster = serde_json::json!({"server": server, "certificate-authority": self.ca_file()});
         if self.network.is_some() {
             // Its certificate doesn't name the loopback address that leads to it.
-            cluster["tls-server-name"] = "kubernetes.default.svc".into();
+            cluster["tls-server-name"] = SERVER_NAME.into();
         }
         serde_json::json!({
             "apiVersion": "v1",
@@ -191,7 +207,6 @@ impl Layout {
             "contexts": [{"name": "test", "context": {"cluster": "test", "user": "user"}}],
             "current-context": "test",
         })
-        .to_string()
     }
 
     /// A command that runs where the API server does.

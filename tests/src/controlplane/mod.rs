@@ -11,6 +11,7 @@ mod fixtures;
 mod launch;
 mod tools;
 
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -199,6 +200,23 @@ impl ControlPlane {
         let path = self.layout.dir.join(format!("{name}.kubeconfig"));
         launch::write_private(&path, &self.layout.kubeconfig_for_file(&self.token_file(name)))?;
         Ok(path)
+    }
+
+    /// As [`Self::kubeconfig_for_token_file`] (after it, for the same `name`), for a program that reaches the API server by
+    /// another address.
+    pub fn kubeconfig_through(&self, name: &str, address: SocketAddr) -> Result<PathBuf> {
+        let path = self
+            .layout
+            .dir
+            .join(format!("{name}-{}.kubeconfig", address.ip()));
+        let text = self.layout.kubeconfig_through(address, &self.token_file(name));
+        launch::write_private(&path, &text)?;
+        Ok(path)
+    }
+
+    /// Where the API server listens.
+    pub fn address(&self) -> SocketAddr {
+        SocketAddr::from((Ipv4Addr::LOCALHOST, self.layout.port))
     }
 
     fn token_file(&self, name: &str) -> PathBuf {
