@@ -164,6 +164,20 @@ pub(crate) fn post_params() -> PostParams {
     }
 }
 
+/// Makes a ConfigMap what `object` says, unless somebody has changed it since it was `there`.
+pub(crate) async fn overwrite(
+    api: &Api<ConfigMap>,
+    there: &ConfigMap,
+    mut object: serde_json::Value,
+) -> kube::Result<ConfigMap> {
+    let metadata = object.get_mut("metadata").and_then(|m| m.as_object_mut());
+    if let Some(metadata) = metadata {
+        metadata.insert("resourceVersion".into(), json!(there.resource_version()));
+    }
+    api.patch(&there.name_any(), &apply_params(), &Patch::Apply(&object))
+        .await
+}
+
 /// 404 is the answer that was hoped for.
 fn absent_is_fine<T>(answer: kube::Result<T>) -> Result<(), StepError> {
     match answer {
@@ -304,17 +318,16 @@ impl Executor {
             Err(refusal) => return Ok(Fact::InputRefused(refusal)),
         };
         let uid = job.uid().unwrap_or_default();
-        let api: Api<ConfigMap> = self.own();
         let mut staged = vec![];
         for (n, part) in parts.into_iter().enumerate() {
             let name = names::input_chunk(&uid, n);
-            let patch = json!({
+            let object = json!({
                 "apiVersion": "v1",
                 "kind": "ConfigMap",
                 "metadata": {"name": name, "labels": {ROLE_LABEL: "input", JOB_UID_LABEL: uid}},
                 "data": {INPUT_KEY: part.text},
             });
-            api.patch(&name, &apply_params(), &Patch::Apply(&patch)).await?;
+            self.stage_part(object).await?;
             staged.push(StagedInput {
                 config_map: name,
                 first_line: part.first_line,
@@ -322,6 +335,21 @@ impl Executor {
             });
         }
         Ok(Fact::Staged(staged))
+    }
+
+    /// Never over what another leader has staged meanwhile, perhaps of a later text: agents may be reading it.
+    async fn stage_part(&self, object: serde_json::Value) -> Result<(), StepError> {
+        let api: Api<ConfigMap> = self.own();
+        let map: ConfigMap = serde_json::from_value(object.clone()).map_err(kube::Error::SerdeError)?;
+        match api.create(&post_params(), &map).await {
+            Err(kube::Error::Api(status)) if status.code == 409 => {}
+            other => return Ok(other.map(|_| ())?),
+        }
+        let there = api.get(&map.name_any()).await?;
+        if there.data != map.data || there.metadata.labels != map.metadata.labels {
+            overwrite(&api, &there, object).await?;
+        }
+        Ok(())
     }
 
     async fn create(&self, assignment: &Assignment) -> Result<Fact, StepError> {

@@ -3,14 +3,14 @@
 //! Owns: collecting every epoch's chunks and writing the merged text where the user wants it, only ever into an object
 //! that is this job's. Safe to repeat from the start at any point. Must not: end the job.
 
-use crate::apply::{Executor, StepError, apply_params, post_params};
+use crate::apply::{Executor, StepError, overwrite, post_params};
 use crate::results::{self, EpochChunks, OUTPUT_BYTES};
 use gogrid_api::job::{Failure, ResultStatus};
 use gogrid_api::names::{JOB_UID_LABEL, NODE_LABEL, RESULT_JOB_UID_ANNOTATION, RESULTS_KEY};
 use gogrid_api::{Assignment, InferenceJob, names};
 use gogrid_planner::lifecycle::Publication;
 use k8s_openapi::api::core::v1::ConfigMap;
-use kube::api::{Api, Patch};
+use kube::api::Api;
 use kube::{Resource, ResourceExt as _};
 use serde_json::json;
 use sha2::{Digest as _, Sha256};
@@ -72,14 +72,7 @@ pub(crate) async fn publish(
     });
     if let Some(map) = there {
         if map.data.as_ref().and_then(|d| d.get(RESULTS_KEY)) != Some(&merged.text) {
-            let mut object = object;
-            if let Some(metadata) = object
-                .get_mut("metadata")
-                .and_then(serde_json::Value::as_object_mut)
-            {
-                metadata.insert("resourceVersion".into(), json!(map.resource_version()));
-            }
-            api.patch(&name, &apply_params(), &Patch::Apply(&object)).await?;
+            overwrite(&api, &map, object).await?;
         }
     } else {
         let map: ConfigMap = serde_json::from_value(object).map_err(kube::Error::SerdeError)?;

@@ -316,6 +316,16 @@ impl Cluster {
             .with_context(|| format!("no process {name}"))
     }
 
+    /// Kills every operator, whatever it is called.
+    pub fn kill_operators(&self) {
+        let nodes = &self.options.nodes;
+        for (name, process) in self.processes().iter() {
+            if nodes.iter().all(|(node, _)| node != name) {
+                process.kill();
+            }
+        }
+    }
+
     /// What a program whose metrics have a fixed place says of its readiness: nothing while it is ready.
     pub async fn hindrance(&self, name: &str) -> Result<Option<String>> {
         let place = self

@@ -169,6 +169,8 @@ const IGNORED_PAUSE: i64 = 5;
 pub const NODE_LOST: &str = "NodeLost";
 /// Word of the failure after which a job is placed anew, uncounted: its node's agent started again.
 pub const AGENT_RESTARTED: &str = "AgentRestarted";
+/// An agent's word for an order of a leader that was followed by another before the agent took it up.
+const STALE_TERM: &str = "StaleTerm";
 
 fn state(run: &Assignment) -> Option<State> {
     run.status.as_ref().and_then(|s| s.state)
@@ -420,7 +422,8 @@ fn placed_step(job: &InferenceJob, attempts: i32, run: &Assignment, lost: Option
                 .failure
                 .unwrap_or_else(|| failure("Unknown", "the agent gave no reason".into(), true));
             let action = rule(job, &cause.reason);
-            if action == Some(FailureAction::Ignore) {
+            // A leader's end is no attempt of the job's: nothing of it ran.
+            if action == Some(FailureAction::Ignore) || cause.reason == STALE_TERM {
                 Step::Requeue {
                     failure: cause,
                     counted: false,

@@ -325,6 +325,19 @@ fn a_clock_set_back_an_hour_keeps_no_job_waiting_for_an_hour() {
 }
 
 #[test]
+fn an_order_refused_because_its_leader_was_followed_by_another_is_no_attempt_of_the_jobs() {
+    let refused = run(
+        1,
+        &json!({"state": "Failed", "failure": {"reason": "StaleTerm", "message": "m", "retryable": true}}),
+    );
+    for rules in [json!([]), json!([{"onReason": "StaleTerm", "action": "Fail"}])] {
+        let spec = json!({"backoffLimit": 0, "failurePolicy": {"rules": rules}});
+        let step = Case::new(placed(&spec), vec![refused.clone()]).step();
+        assert!(matches!(step, Step::Requeue { counted: false, .. }), "{step:?}");
+    }
+}
+
+#[test]
 fn a_repeated_attempt_waits_longer_each_time() {
     let status = json!({"epoch": 3, "attempts": 3, "conditions": [condition("Placed", "False", NOW - 2)]});
     let mut case = Case::new(job(&json!({}), &status), vec![]);

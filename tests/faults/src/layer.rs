@@ -18,6 +18,7 @@ use tower::{BoxError, Layer, Service};
 struct Shared {
     faults: Vec<Fault>,
     writes: AtomicU64,
+    work: AtomicU64,
     leases: AtomicU64,
 }
 
@@ -36,25 +37,35 @@ impl FaultLayer {
 
     /// Counts a request; what is to happen to it.
     fn count(&self, method: &Method, path: &str, query: &str) -> Option<Act> {
-        let calls = kind(method, path, query)?;
-        let counter = match calls {
-            Calls::Writes => &self.0.writes,
-            Calls::Leases => &self.0.leases,
-        };
-        let number = counter.fetch_add(1, Ordering::SeqCst) + 1;
-        let fault = self.0.faults.iter().find(|f| f.strikes(calls, number))?;
-        tracing::warn!(%fault, number, %method, path, "fault");
-        Some(fault.act)
+        kinds(method, path, query).iter().find_map(|calls| {
+            let counter = match calls {
+                Calls::Writes => &self.0.writes,
+                Calls::Work => &self.0.work,
+                Calls::Leases => &self.0.leases,
+            };
+            let number = counter.fetch_add(1, Ordering::SeqCst) + 1;
+            let fault = self.0.faults.iter().find(|f| f.strikes(*calls, number))?;
+            tracing::warn!(%fault, number, %method, path, "fault");
+            Some(fault.act)
+        })
     }
 }
 
-fn kind(method: &Method, path: &str, query: &str) -> Option<Calls> {
+/// What a request counts as.
+fn kinds(method: &Method, path: &str, query: &str) -> &'static [Calls] {
     if path.starts_with("/apis/coordination.k8s.io/") && !query.contains("watch=") {
-        return Some(Calls::Leases);
+        return &[Calls::Leases];
     }
     let reads = matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS);
     let changes_nothing = reads || path.contains("/selfsubject") || query.contains("dryRun=All");
-    (!changes_nothing).then_some(Calls::Writes)
+    let work = ["/inferencejobs", "/assignments", "/configmaps"];
+    if changes_nothing {
+        &[]
+    } else if work.iter().any(|plural| path.contains(plural)) {
+        &[Calls::Work, Calls::Writes]
+    } else {
+        &[Calls::Writes]
+    }
 }
 
 impl<S> Layer<S> for FaultLayer {

@@ -16,6 +16,8 @@ use std::time::Duration;
 pub enum Calls {
     /// Everything that changes something, Leases, dry runs and reviews of own rights apart.
     Writes,
+    /// Those of them that are about jobs: to InferenceJobs, Assignments and ConfigMaps.
+    Work,
     /// Everything about Leases, reads too.
     Leases,
 }
@@ -67,7 +69,7 @@ impl Fault {
 /// The flag is malformed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{0:?} must be [leases:]WHAT=N, N.. or N..M, where WHAT is kill-before, kill-after, pause-before, drop, lose-answer, \
+    "{0:?} must be [leases:|work:]WHAT=N, N.. or N..M, where WHAT is kill-before, kill-after, pause-before, drop, lose-answer, \
      delay-MILLIS, duplicate, answer-STATUS, hang or swallow"
 )]
 pub struct FaultError(String);
@@ -81,8 +83,10 @@ impl FromStr for Fault {
 }
 
 fn parse(text: &str) -> Option<Fault> {
-    let (calls, rest) = match text.strip_prefix("leases:") {
-        Some(rest) => (Calls::Leases, rest),
+    let (calls, rest) = match text.split_once(':') {
+        Some(("leases", rest)) => (Calls::Leases, rest),
+        Some(("work", rest)) => (Calls::Work, rest),
+        Some(_) => return None,
         None => (Calls::Writes, text),
     };
     let (word, range) = rest.split_once('=')?;
@@ -141,6 +145,7 @@ mod tests {
         for (text, wanted) in [
             ("kill-before=3", fault(Calls::Writes, Act::KillBefore, 3, 3)),
             ("leases:hang=2..", fault(Calls::Leases, Act::Hang, 2, u64::MAX)),
+            ("work:pause-before=2", fault(Calls::Work, Act::PauseBefore, 2, 2)),
             ("answer-429=1..4", fault(Calls::Writes, Act::Answer(429), 1, 4)),
             (
                 "delay-250=9",

@@ -51,10 +51,8 @@ async fn start(world: &World, name: &str, more: &[&str]) -> Result<Arc<Process>>
 }
 
 /// Ends these operators and leaves the usual one.
-async fn back_to_one(world: &World, operators: impl IntoIterator<Item = Arc<Process>>) -> Result<()> {
-    for operator in operators {
-        operator.kill();
-    }
+async fn back_to_one(world: &World) -> Result<()> {
+    world.cluster.kill_operators();
     let operator = world.cluster.start_operator(&[])?;
     until_leads(world, &operator).await
 }
@@ -123,7 +121,8 @@ async fn small_job(world: &World, name: &str) -> Result<(InferenceJob, Questions
     Ok((job, questions))
 }
 
-/// Waits for its end; it must have been placed once and every record be there once.
+/// Waits for its end: every record is there once, and it was placed again only after the agent had refused the order of a
+/// leader that was no more.
 async fn done_once(world: &World, job: &InferenceJob, questions: &Questions, since: Timestamp) -> Result<()> {
     let job = world.cluster.until_finished(job, LONG).await?;
     let status = job.status.clone().unwrap_or_default();
@@ -134,18 +133,40 @@ async fn done_once(world: &World, job: &InferenceJob, questions: &Questions, sin
         short(&status.conditions)
     );
     questions.right(&world.cluster.results(&job).await?)?;
-    let uid = job.uid().context("no uid")?;
-    let placements: Vec<String> = world
-        .accepted(since)?
-        .into_iter()
-        .filter(|e| e.verb == "create" && e.resource == "assignments" && e.name.starts_with(&uid))
-        .filter(|e| !e.name.contains("inspect"))
-        .map(|e| e.name)
-        .collect();
     ensure!(
-        placements == [names::assignment(&uid, 1)],
-        "{name} was placed as {placements:?}"
+        status.attempts == 0,
+        "{name}: {} attempts of its own",
+        status.attempts
     );
+    let uid = job.uid().context("no uid")?;
+    let accepted = world.accepted(since)?;
+    let of = |epoch: i64| {
+        let name = names::assignment(&uid, epoch);
+        accepted
+            .iter()
+            .filter(move |e| e.resource == "assignments" && e.name == name)
+    };
+    for epoch in 1..=status.epoch {
+        let created: Vec<_> = of(epoch).filter(|e| e.verb == "create").collect();
+        ensure!(
+            created.len() == 1,
+            "{name}: epoch {epoch} was created {} times",
+            created.len()
+        );
+        let late = of(epoch - 1).find(|e| e.subresource == "status" && e.at > created[0].received);
+        ensure!(
+            late.is_none(),
+            "{name}: epoch {epoch} was created before {late:?}"
+        );
+    }
+    if status.epoch > 1 {
+        let why = status.last_failure.map(|f| f.reason);
+        println!("{name}: placed {} times, for {why:?}", status.epoch);
+        ensure!(
+            why.as_deref() == Some("StaleTerm"),
+            "{name}: placed again for {why:?}"
+        );
+    }
     let jobs = world.cluster.jobs("default");
     jobs.delete(&name, &DeleteParams::default()).await?;
     Ok(())
@@ -156,12 +177,12 @@ fn a_leader_killed_again_and_again_is_followed_in_time_and_writes_nothing_after_
 -> Result<()> {
     on_runtime(async {
         let world = world().await?;
+        world.cluster.kill_operators();
         let kills = kills();
         let mut operators = vec![
             start(&world, "leader-a", &[]).await?,
             start(&world, "leader-b", &[]).await?,
         ];
-        world.cluster.process("operator")?.kill();
         let first = eventually(LONG, "one of the new operators to lead", || async {
             let pid = leader(&world).await?;
             let found = operators.iter().find(|o| pid == Some(o.pid()));
@@ -215,7 +236,7 @@ fn a_leader_killed_again_and_again_is_followed_in_time_and_writes_nothing_after_
             waits[kills / 2].as_millis(),
             waits[kills - 1].as_millis()
         );
-        back_to_one(&world, operators).await?;
+        back_to_one(&world).await?;
         ensure!(
             terms.takeovers.len() > kills,
             "only {} terms",
@@ -242,17 +263,14 @@ fn moments() -> Vec<u32> {
 fn what_a_leader_that_stood_still_between_check_and_send_sends_after_its_follower_is_refused() -> Result<()> {
     on_runtime(async {
         let world = world().await?;
-        world.cluster.process("operator")?.kill();
-        let mut follower: Option<Arc<Process>> = None;
         let mut refused = vec![];
         for moment in moments() {
-            let fault = format!("pause-before={moment}");
-            if let Some(follower) = follower.take() {
-                follower.kill();
-            }
+            let fault = format!("work:pause-before={moment}");
+            world.cluster.kill_operators();
+            let started = world.cluster.control.now();
             let paused = start(&world, &format!("paused-{moment}"), &["--fault", &fault]).await?;
             until_leads(&world, &paused).await?;
-            let since = world.cluster.control.now();
+            let credential = last_leader(&world, started)?;
             let (job, questions) = small_job(&world, &format!("paused-{moment}")).await?;
             let stands = eventually(LONG, "the leader to stand still", || async {
                 let status = world.cluster.jobs("default").get(&job.name_any()).await?.status;
@@ -262,26 +280,27 @@ fn what_a_leader_that_stood_still_between_check_and_send_sends_after_its_followe
                 Ok(state == 'T')
             })
             .await?;
+            if !stands {
+                paused.kill();
+            }
             let next = start(&world, &format!("follower-{moment}"), &[]).await?;
-            follower = Some(Arc::clone(&next));
             if !stands {
                 println!("a small job takes fewer than {moment} writes");
-                paused.kill();
                 until_leads(&world, &next).await?;
-                done_once(&world, &job, &questions, since).await?;
+                done_once(&world, &job, &questions, started).await?;
                 break;
             }
             until_leads(&world, &next).await?;
-            done_once(&world, &job, &questions, since).await?;
-            let credential = first_leader(&world, since)?;
+            done_once(&world, &job, &questions, started).await?;
             let control = &world.cluster.control;
             let went_on = control.now();
             paused.signal(Signal::CONT)?;
+            let of_jobs = ["inferencejobs", "assignments", "configmaps"];
             let late = eventually(LONG, "the write that was held back", || async {
                 let writes = control.audit_writes(went_on, control.now())?;
                 let late: Vec<_> = writes
                     .into_iter()
-                    .filter(|e| is_gated(e) && e.credential == credential)
+                    .filter(|e| of_jobs.contains(&e.resource.as_str()) && e.credential == credential)
                     .collect();
                 ensure!(!late.is_empty(), "none; {}", paused.log_tail(5));
                 Ok(late)
@@ -296,18 +315,17 @@ fn what_a_leader_that_stood_still_between_check_and_send_sends_after_its_followe
             let taken: Vec<_> = late.iter().filter(|e| e.code < 300).collect();
             ensure!(taken.is_empty(), "{fault}: taken: {taken:#?}");
             refused.push(late.len());
-            paused.kill();
         }
         ensure!(
             !refused.is_empty(),
             "nothing was held back: is the fault layer in?"
         );
-        back_to_one(&world, follower).await
+        back_to_one(&world).await
     })
 }
 
-/// The token of whoever led first since then.
-fn first_leader(world: &World, since: Timestamp) -> Result<String> {
-    let first = world.accepted(since)?.into_iter().find(is_leader_lease);
-    Ok(first.context("nobody led")?.credential)
+/// The token of whoever wrote the leader Lease last.
+fn last_leader(world: &World, since: Timestamp) -> Result<String> {
+    let last = world.accepted(since)?.into_iter().rfind(is_leader_lease);
+    Ok(last.context("nobody led")?.credential)
 }
