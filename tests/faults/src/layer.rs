@@ -11,6 +11,7 @@ use rustix::process::{Signal, getpid, kill_process};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
+use std::time::Duration;
 use tower::{BoxError, Layer, Service};
 
 /// What all layers of one process share.
@@ -114,7 +115,7 @@ where
                 Box::pin(std::future::pending())
             }
             Some(Act::PauseBefore) => {
-                signal(Signal::STOP);
+                stand_still();
                 Box::pin(self.inner.call(request))
             }
             Some(Act::Drop) => Box::pin(async { Err(BoxError::from(Lost("the request"))) }),
@@ -155,6 +156,19 @@ where
             }
         }
     }
+}
+
+/// How long a thread may still run after its process was told to stop: the signal may have gone to another of its threads.
+const STOPS_WITHIN: Duration = Duration::from_millis(50);
+
+/// Stops this process; comes back when somebody has woken it.
+fn stand_still() {
+    signal(Signal::STOP);
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "nothing must be sent until the stop has come"
+    )]
+    std::thread::sleep(STOPS_WITHIN);
 }
 
 fn signal(signal: Signal) {
