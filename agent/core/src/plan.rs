@@ -13,6 +13,8 @@ use std::collections::BTreeMap;
 
 /// How long a worker may take from being ordered to saying hello.
 pub const START_DEADLINE: Millis = Millis(30_000);
+/// How long a worker that loads may say nothing: it tells its counters every second while it loads or waits for its share.
+pub const LOAD_SILENCE: Millis = Millis(120_000);
 
 /// An assignment as last seen, and what was learnt about it since.
 #[derive(Clone, Debug)]
@@ -78,6 +80,8 @@ pub struct Job {
     pub accepted: bool,
     /// Its worker, until that was reaped.
     pub worker: Option<WorkerId>,
+    /// When its worker last said anything, or was woken.
+    pub heard: Nanos,
     /// Whether the worker was ordered killed.
     pub killed: bool,
     /// Set once the job is to stop.
@@ -108,6 +112,7 @@ impl Job {
             since: now,
             accepted: false,
             worker: None,
+            heard: now,
             killed: false,
             stopping: None,
             failure: None,
@@ -447,6 +452,18 @@ fn run(context: &Context<'_>, name: String, job: &Job) -> Option<Step> {
         Phase::Starting if context.now >= job.since.saturating_add(nanos(START_DEADLINE)) => {
             (!job.killed).then_some(Step::Kill(name))
         }
+        Phase::Loading if context.now >= job.since.max(job.heard).saturating_add(nanos(LOAD_SILENCE)) => {
+            let message = format!(
+                "the worker said nothing for {} s while it loaded the model",
+                LOAD_SILENCE.0 / 1000
+            );
+            let failure = Failure {
+                reason: "WorkerSilent".to_owned(),
+                message,
+                retryable: true,
+            };
+            Some(Step::Fail(name, failure))
+        }
         Phase::Claimed
         | Phase::Verified
         | Phase::Inspecting
@@ -555,6 +572,39 @@ mod tests {
             worker,
             ..Job::new(0)
         }
+    }
+
+    #[test]
+    fn a_worker_that_falls_silent_while_it_loads_is_given_up_and_one_that_stands_at_the_fence_is_not() {
+        let silence = nanos(LOAD_SILENCE);
+        let loading = Job {
+            phase: Phase::Loading,
+            worker: Some(1),
+            since: 100,
+            heard: 500,
+            ..Job::new(0)
+        };
+        let at = |now, job: &Job| next(&Context { now, ..HELD }, &json!({}), job);
+        assert_eq!(at(499 + silence, &loading), None);
+        match at(500 + silence, &loading) {
+            Some(Step::Fail(_, failure)) => {
+                assert_eq!(
+                    (failure.reason.as_str(), failure.retryable),
+                    ("WorkerSilent", true)
+                );
+            }
+            other => panic!("{other:?}"),
+        }
+        let fenced = Job {
+            fenced: true,
+            ..loading
+        };
+        let standing = Context {
+            now: 500 + silence,
+            standing: Standing::Fenced,
+            ..HELD
+        };
+        assert_eq!(next(&standing, &json!({}), &fenced), None);
     }
 
     #[test]

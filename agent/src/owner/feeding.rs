@@ -25,6 +25,7 @@ impl Owner {
         let mut failed = vec![];
         for (name, job) in &mut self.jobs {
             let Some(work) = self.work.get(name) else { continue };
+            job.heard = work.heard_at;
             job.outdated = work.outdated();
             job.exhausted = work.feed.exhausted();
             job.unsaved = work.feed.unsaved();

@@ -338,6 +338,10 @@ impl Owner {
 
     fn wake_worker(&mut self, name: &str, now: Nanos) -> bool {
         self.grant_now(now);
+        if let Some(work) = self.work.get_mut(name) {
+            // It could not speak while it stood still.
+            work.heard_at = now;
+        }
         let Some(job) = self.jobs.get_mut(name) else {
             return false;
         };
