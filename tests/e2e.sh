@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 lanes=(
   "nodes idle"
   "bad_input chart jobs life"
-  "chart_values confinement controlplane crd_rules store_model"
+  "chart_values confinement controlplane crd_rules store_model outage"
 )
 
 alone=()

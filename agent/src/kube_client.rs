@@ -90,19 +90,24 @@ impl Clients {
 
 /// Clients of the API server that the environment names, and its addresses.
 pub(crate) async fn connect(config: &Config) -> Result<(Clients, Vec<IpAddr>), kube::Error> {
-    let mut base = kube::Config::infer().await.map_err(kube::Error::InferConfig)?;
-    let token = base
-        .auth_info
-        .token_file
-        .take()
-        .map(|path| token::from_file(path.into()));
-    let token = tower::util::option_layer(token);
+    let base = kube::Config::infer().await.map_err(kube::Error::InferConfig)?;
     let host = base
         .cluster_url
         .host()
         .unwrap_or_default()
         .trim_matches(['[', ']']);
     let addresses = addresses(host, base.cluster_url.port_u16().unwrap_or(443)).await;
+    Ok((clients(base, config)?, addresses))
+}
+
+/// Clients of that API server.
+pub fn clients(mut base: kube::Config, config: &Config) -> Result<Clients, kube::Error> {
+    let token = base
+        .auth_info
+        .token_file
+        .take()
+        .map(|path| token::from_file(path.into()));
+    let token = tower::util::option_layer(token);
     let attempt = Duration::from_millis(config.timing.attempt().0);
     let client = |read: Duration, connect: Duration| {
         let mut config = base.clone();
@@ -129,11 +134,10 @@ pub(crate) async fn connect(config: &Config) -> Result<(Clients, Vec<IpAddr>), k
         Duration::from_secs(u64::from(WATCH_SECONDS) + 10),
         Duration::from_secs(5),
     )?;
-    let clients = Clients {
+    Ok(Clients {
         server_clock,
         ..Clients::new(api.build(), watch.build(), lease.build())
-    };
-    Ok((clients, addresses))
+    })
 }
 
 #[cfg(test)]

@@ -49,7 +49,7 @@ enum RenewError {
 }
 
 /// The Lease of one node.
-pub(crate) struct Keeper {
+pub struct Keeper {
     host: Arc<dyn Host>,
     api: Api<Lease>,
     nodes: Api<Node>,
@@ -65,8 +65,8 @@ pub(crate) struct Keeper {
 }
 
 impl Keeper {
-    /// Not taken yet.
-    pub(crate) fn new(
+    /// Not taken yet; `former` are sessions of which nothing is left.
+    pub fn new(
         host: Arc<dyn Host>,
         client: Client,
         config: &Config,
@@ -89,7 +89,7 @@ impl Keeper {
     }
 
     /// Renews for ever; ends only when another session has taken the Lease or nobody listens.
-    pub(crate) async fn keep(mut self, events: mpsc::Sender<LeaseEvent>) {
+    pub async fn keep(mut self, events: mpsc::Sender<LeaseEvent>) {
         let mut renewals = Renewals::new(self.timing);
         loop {
             until(&*self.host, renewals.next()).await;

@@ -33,7 +33,7 @@ mod watch;
 pub use devices::nvml::child as probe_nvml;
 pub use fetch::{FetchError, Flags as FetchFlags, child as fetch};
 pub use header::child as inspect_header;
-pub use lease::LeaseEvent;
+pub use lease::{Keeper, LeaseEvent};
 pub use owner::End;
 pub use start::{StartError, run};
 

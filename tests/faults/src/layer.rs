@@ -5,7 +5,8 @@
 use crate::{Act, Calls, Fault};
 use futures::future::BoxFuture;
 use http::{Method, Request, Response, StatusCode};
-use http_body_util::{BodyExt as _, Full};
+use http_body::Frame;
+use http_body_util::{BodyExt as _, Full, StreamBody};
 use kube::client::{Body, DynBody};
 use rustix::process::{Signal, getpid, kill_process};
 use std::sync::Arc;
@@ -129,6 +130,10 @@ where
                     answer.await
                 })
             }
+            Some(Act::Drip) => {
+                let answer = self.inner.call(request);
+                Box::pin(async move { drip(answer.await?).await })
+            }
             Some(Act::Duplicate) => {
                 let (parts, body) = request.into_parts();
                 let copy = body.try_clone();
@@ -175,6 +180,25 @@ fn signal(signal: Signal) {
     if let Err(error) = kill_process(getpid(), signal) {
         tracing::error!(%error, "fault: the process could not signal itself");
     }
+}
+
+/// Between two bytes of an answer that drips.
+const DRIP: Duration = Duration::from_millis(20);
+
+/// The same answer, slowly.
+async fn drip(answer: Response<Box<DynBody>>) -> Result<Response<Box<DynBody>>, BoxError> {
+    let (parts, body) = answer.into_parts();
+    let whole = body.collect().await?.to_bytes();
+    let drops = futures::stream::unfold(whole, |mut left| async move {
+        if left.is_empty() {
+            return None;
+        }
+        tokio::time::sleep(DRIP).await;
+        let drop = left.split_to(1);
+        Some((Ok::<_, BoxError>(Frame::data(drop)), left))
+    });
+    let body: Box<DynBody> = Box::new(StreamBody::new(Box::pin(drops)));
+    Ok(Response::from_parts(parts, body))
 }
 
 /// What an API server under stress says.

@@ -45,6 +45,8 @@ pub enum Act {
     Hang,
     /// It is carried out, and no answer ever comes.
     Swallow,
+    /// It is carried out, and its answer comes a byte at a time, which takes seconds.
+    Drip,
 }
 
 /// One fault: what happens, at which requests.
@@ -70,7 +72,7 @@ impl Fault {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "{0:?} must be [leases:|work:]WHAT=N, N.. or N..M, where WHAT is kill-before, kill-after, pause-before, drop, lose-answer, \
-     delay-MILLIS, duplicate, answer-STATUS, hang or swallow"
+     delay-MILLIS, duplicate, answer-STATUS, hang, swallow or drip"
 )]
 pub struct FaultError(String);
 
@@ -104,6 +106,7 @@ fn parse(text: &str) -> Option<Fault> {
         "duplicate" => Act::Duplicate,
         "hang" => Act::Hang,
         "swallow" => Act::Swallow,
+        "drip" => Act::Drip,
         _ => match word.split_once('-')? {
             ("delay", millis) => Act::Delay(Duration::from_millis(millis.parse().ok()?)),
             ("answer", status) => Act::Answer(status.parse().ok().filter(|s| (400..600).contains(s))?),

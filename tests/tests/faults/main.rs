@@ -11,4 +11,5 @@
 mod agents;
 mod leaders;
 mod partition;
+mod renewals;
 mod world;

@@ -1,0 +1,191 @@
+//! An API server that doesn't answer for a while: work pauses, and goes on or begins again from what was saved.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use gogrid_api::{InferenceJob, condition, names};
+use gogrid_tests::cluster::{Cluster, ClusterOptions, on_runtime, tenths_of_lease};
+use gogrid_tests::controlplane::ControlPlane;
+use gogrid_tests::jobs::{Questions, short, spec};
+use gogrid_tests::procfs;
+use gogrid_tests::steps::{self, Step, boottime_of};
+use gogrid_tests::wait::eventually;
+use jiff::Timestamp;
+use kube::ResourceExt as _;
+use kube::api::DeleteParams;
+use serde_json::{Value, json};
+
+const LONG: Duration = Duration::from_secs(120);
+const NODE: &str = "node-1";
+const RECORDS: usize = 120;
+
+async fn cluster() -> Result<Arc<Cluster>> {
+    static SHARED: tokio::sync::OnceCell<Arc<Cluster>> = tokio::sync::OnceCell::const_new();
+    let started = SHARED.get_or_try_init(|| async {
+        let mut options = ClusterOptions::quick(1);
+        options.stamped = true;
+        anyhow::Ok(Arc::new(
+            Cluster::start(ControlPlane::shared().await?, options).await?,
+        ))
+    });
+    Ok(Arc::clone(started.await?))
+}
+
+struct Run {
+    job: InferenceJob,
+    questions: Questions,
+    since: Timestamp,
+    worker: u32,
+}
+
+impl Run {
+    /// A job of many seconds that has saved some of its answers.
+    async fn start(cluster: &Cluster, name: &str) -> Result<Self> {
+        let since = cluster.control.now();
+        let questions = Questions::new(8, RECORDS);
+        let mut spec = spec(&questions.lines(), name)?;
+        spec["profileName"] = json!("conservative");
+        let job = cluster.create_job("default", name, spec).await?;
+        let control = &cluster.control;
+        eventually(LONG, "a checkpoint", || async {
+            let uid = job.uid().context("no uid")?;
+            let chunk = names::result_chunk(&names::assignment(&uid, 1), NODE, 0);
+            let writes = control.audit_accepted(since, control.now())?;
+            ensure!(writes.iter().any(|e| e.name == chunk), "{}", cluster.log_tails(5));
+            Ok(())
+        })
+        .await?;
+        let agent = u32::try_from(cluster.process(NODE)?.pid())?;
+        let worker = procfs::workers_of(agent)?.pop().context("no worker")?.pid;
+        Ok(Self {
+            job,
+            questions,
+            since,
+            worker,
+        })
+    }
+
+    fn steps(&self, cluster: &Cluster) -> Result<Vec<Step>> {
+        steps::read(&[cluster.stamps_dir(NODE)], boottime_of(self.since)?)
+    }
+
+    /// Its results once it is over, every record there once.
+    async fn results(&self, cluster: &Cluster, epoch: i64) -> Result<Vec<Value>> {
+        let job = cluster.until_finished(&self.job, LONG).await?;
+        let status = job.status.clone().unwrap_or_default();
+        ensure!(
+            condition::is_true(&status.conditions, "Succeeded"),
+            "{}",
+            short(&status.conditions)
+        );
+        ensure!(status.epoch == epoch, "epoch {}, not {epoch}", status.epoch);
+        let results = cluster.results(&job).await?;
+        let right = self.questions.right(&results)?;
+        ensure!(right * 100 >= RECORDS * 90, "{right} of {RECORDS} right");
+        let jobs = cluster.jobs("default");
+        jobs.delete(&job.name_any(), &DeleteParams::default()).await?;
+        Ok(results)
+    }
+}
+
+/// The API server answers nobody until `meanwhile` is done.
+async fn outage<T>(cluster: &Cluster, meanwhile: impl Future<Output = Result<T>>) -> Result<T> {
+    cluster.control.pause_api_server()?;
+    let done = meanwhile.await;
+    cluster.control.resume_api_server()?;
+    done
+}
+
+/// Waits until the worker stands still, which it does by itself within 35 of the 40 seconds of a lease.
+async fn stands_still(worker: u32) -> Result<()> {
+    eventually(tenths_of_lease(10), "the worker to stand still", || async {
+        let state = procfs::state(worker)?;
+        ensure!(state == 'T', "it is in state {state}");
+        Ok(())
+    })
+    .await
+}
+
+#[test]
+fn work_pauses_while_the_api_server_is_away_and_goes_on_within_two_seconds_of_its_return_with_no_record_run_again()
+-> Result<()> {
+    on_runtime(async {
+        let cluster = cluster().await?;
+        let run = Run::start(&cluster, "short-outage").await?;
+        let paused_at = outage(&cluster, async {
+            stands_still(run.worker).await?;
+            let paused_at = steps::now();
+            tokio::time::sleep(tenths_of_lease(20)).await;
+            Ok(paused_at)
+        })
+        .await?;
+        let back = cluster.control.now();
+        let control = &cluster.control;
+        let (renewed, step) = eventually(LONG, "a step after the outage", || async {
+            let lease = names::node_lease(NODE);
+            let renewals = control.audit_accepted(back, control.now())?;
+            let renewed = renewals
+                .iter()
+                .find(|e| e.name == lease)
+                .context("no renewal")?
+                .at;
+            let steps = run.steps(&cluster)?;
+            let after = steps.iter().find(|s| s.from > paused_at).context("no step")?;
+            Ok((boottime_of(renewed)?, after.from))
+        })
+        .await?;
+        let pause = Duration::from_nanos(step.saturating_sub(renewed));
+        println!("went on {} ms after the next good renewal", pause.as_millis());
+        run.results(&cluster, 1).await?;
+        let steps = run.steps(&cluster)?;
+        let workers: std::collections::BTreeSet<_> = steps.iter().map(|s| &s.worker).collect();
+        ensure!(workers.len() == 1, "{} workers computed it", workers.len());
+        let within = steps
+            .iter()
+            .filter(|s| s.from > paused_at && s.from < step)
+            .count();
+        ensure!(within == 0, "{within} steps during the outage");
+        ensure!(step >= renewed, "a step before the lease was renewed");
+        ensure!(pause <= Duration::from_secs(2), "went on only after {pause:?}");
+        Ok(())
+    })
+}
+
+#[test]
+fn after_an_outage_longer_than_the_hold_all_workers_are_gone_and_jobs_run_again_from_their_checkpoints()
+-> Result<()> {
+    on_runtime(async {
+        let cluster = cluster().await?;
+        let run = Run::start(&cluster, "long-outage").await?;
+        let agent = u32::try_from(cluster.process(NODE)?.pid())?;
+        let began = steps::now();
+        outage(&cluster, async {
+            stands_still(run.worker).await?;
+            // 600 of the 40 seconds of a lease, after the fence.
+            eventually(tenths_of_lease(170), "the worker to be gone", || async {
+                let left = procfs::workers_of(agent)?;
+                ensure!(left.is_empty(), "{left:?}");
+                Ok(())
+            })
+            .await
+        })
+        .await?;
+        let gone = Duration::from_nanos(steps::now().saturating_sub(began));
+        println!("gone {} ms after the API server", gone.as_millis());
+        ensure!(
+            gone >= tenths_of_lease(150),
+            "gone after {gone:?}: before the hold was over"
+        );
+        let results = run.results(&cluster, 2).await?;
+        let before = u64::try_from(RECORDS)?;
+        let kept = results
+            .iter()
+            .filter_map(|r| r.pointer("/response/body/gogrid/finishedMicros")?.as_u64())
+            .filter(|micros| micros * 1000 < began)
+            .count();
+        println!("{kept} of {before} records were kept from before");
+        ensure!(kept > 0, "nothing was kept: did it begin anew?");
+        Ok(())
+    })
+}
