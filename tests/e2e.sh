@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 
 lanes=(
   "nodes idle"
-  "bad_input chart jobs life"
+  "bad_input chart contract jobs life"
   "chart_values confinement controlplane crd_rules store_model outage"
 )
 

@@ -181,6 +181,7 @@ impl<'a> Round<'a> {
             leftovers: !assignments.is_empty() || self.has_inputs.contains(uid),
         };
         let draft = || Draft::new(job, self.wall);
+        let kept = || draft().keeping(current);
         let step = lifecycle::next(&view).step;
         let (name, ops) = match step {
             Step::Rest => return,
@@ -210,10 +211,10 @@ impl<'a> Round<'a> {
             }
             Step::CreateAssignment => ("CreateAssignment", self.create_again(job, &runs, staged, runs_on)),
             Step::Stop { assignment, reason } => ("Stop", self.stop(&assignment, reason)),
-            Step::Suspend => ("Suspend", self.write(job, memory, draft().suspend().done())),
+            Step::Suspend => ("Suspend", self.write(job, memory, kept().suspend().done())),
             Step::Resume => ("Resume", self.write(job, memory, draft().resume().done())),
             Step::Requeue { failure, counted } => {
-                let write = self.write(job, memory, draft().requeue(&failure, counted).done());
+                let write = self.write(job, memory, kept().requeue(&failure, counted).done());
                 let epoch = job.status.as_ref().map_or(0, |s| s.epoch);
                 let absent = (current.is_none() && !write.is_empty())
                     .then(|| Op::EnsureAbsent(names::assignment(uid, epoch)));

@@ -329,7 +329,7 @@ fn a_lost_node_costs_an_epoch_and_answered_lines_are_left_out_there() {
 }
 
 #[test]
-fn suspend_waits_for_the_agent_and_resume_counts_a_new_epoch() {
+fn suspend_waits_for_the_agent_shows_what_was_done_and_resume_counts_a_new_epoch() {
     let mut sim = Sim::new();
     sim.node("a", "s1");
     sim.job(&json!({}));
@@ -340,10 +340,15 @@ fn suspend_waits_for_the_agent_and_resume_counts_a_new_epoch() {
     assert!(!sim.is("Suspended") && sim.run("u-1").spec.stop.is_some());
     sim.agent(
         "u-1",
-        &json!({"state": "Stopped", "checkpoint": {"chunks": 1, "lines": [{"first": 2, "last": 2}]}}),
+        &json!({
+            "state": "Stopped", "checkpoint": {"chunks": 1, "lines": [{"first": 2, "last": 2}]},
+            "progress": {"done": 1, "failed": 0, "total": 2, "tokens": 3, "tokensPerSecond": "", "display": "1/2"},
+        }),
     );
     sim.settle();
     assert!(sim.is("Suspended") && !sim.is("Placed"));
+    let shown = sim.store.jobs.get("u").unwrap().status.clone().unwrap().progress;
+    assert_eq!(shown.unwrap().display, "1/2", "what it did last is shown");
     sim.pass(10, &[("a", "s1")]);
     sim.job(&json!({}));
     sim.settle();

@@ -279,6 +279,16 @@ impl Draft {
         self
     }
 
+    /// What its last run had done when it ended: that is kept, and so it is shown.
+    pub(crate) fn keeping(mut self, run: Option<&Assignment>) -> Self {
+        let last = run.and_then(|r| r.status.as_ref()?.progress.clone());
+        let shown = self.status.progress.as_ref().map_or(0, |p| p.done);
+        if let Some(last) = last.filter(|last| last.done >= shown) {
+            self.status.progress = Some(last);
+        }
+        self
+    }
+
     /// It holds nothing.
     pub(crate) fn suspend(mut self) -> Self {
         let message = "spec.suspend is true; finished records are kept";

@@ -59,6 +59,8 @@ pub struct ClusterOptions {
     pub model_roots: Vec<PathBuf>,
     /// More flags for every agent.
     pub agent_args: Vec<String>,
+    /// More flags for the agents of some nodes.
+    pub node_args: BTreeMap<String, Vec<String>>,
     /// More environment for every agent.
     pub agent_env: Vec<(String, String)>,
     /// Whether workers stamp their steps: see [`crate::steps`].
@@ -77,6 +79,7 @@ impl ClusterOptions {
             lease_seconds: lease_seconds(),
             model_roots: vec![jobs::model_root()],
             agent_args: vec![],
+            node_args: BTreeMap::new(),
             agent_env: vec![],
             stamped: false,
             metrics: BTreeMap::new(),
@@ -278,6 +281,7 @@ impl Cluster {
             .with_context(|| format!("no node {node}"))?;
         command
             .args(&self.options.agent_args)
+            .args(self.options.node_args.get(node).into_iter().flatten())
             .envs(self.options.agent_env.iter().cloned())
             .args(more)
             .env("KUBECONFIG", kubeconfig)

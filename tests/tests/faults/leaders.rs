@@ -168,21 +168,22 @@ async fn done_once(world: &World, job: &InferenceJob, questions: &Questions, sin
         status.attempts
     );
     let uid = job.uid().context("no uid")?;
-    let accepted = world.accepted(since)?;
+    let control = &world.cluster.control;
+    let written = control.audit_writes(since, control.now())?;
     let of = |epoch: i64| {
         let name = names::assignment(&uid, epoch);
-        accepted
+        written
             .iter()
             .filter(move |e| e.resource == "assignments" && e.name == name)
     };
     for epoch in 1..=status.epoch {
-        let created: Vec<_> = of(epoch).filter(|e| e.verb == "create").collect();
-        ensure!(
-            created.len() == 1,
-            "{name}: epoch {epoch} was created {} times",
-            created.len()
-        );
-        let late = of(epoch - 1).find(|e| e.subresource == "status" && e.at > created[0].received);
+        // What the API server stored for a leader that was gone when it came to answer reads as a gateway's timeout.
+        let creations = || of(epoch).filter(|e| e.verb == "create" && (e.code < 300 || e.code == 504));
+        let taken = creations().filter(|e| e.code < 300).count();
+        ensure!(taken <= 1, "{name}: epoch {epoch} was created {taken} times");
+        let first = creations().next();
+        let first = first.with_context(|| format!("{name}: epoch {epoch} was never created"))?;
+        let late = of(epoch - 1).find(|e| e.subresource == "status" && e.code < 300 && e.at > first.received);
         ensure!(
             late.is_none(),
             "{name}: epoch {epoch} was created before {late:?}"
@@ -286,7 +287,7 @@ fn moments() -> Vec<u32> {
     if std::env::var_os("GOGRID_SOAK").is_some() {
         (1..=40).collect()
     } else {
-        vec![1, 2, 3, 5]
+        vec![1, 2, 3]
     }
 }
 
