@@ -164,20 +164,6 @@ pub(crate) fn post_params() -> PostParams {
     }
 }
 
-/// Makes a ConfigMap what `object` says, unless somebody has changed it since it was `there`.
-pub(crate) async fn overwrite(
-    api: &Api<ConfigMap>,
-    there: &ConfigMap,
-    mut object: serde_json::Value,
-) -> kube::Result<ConfigMap> {
-    let metadata = object.get_mut("metadata").and_then(|m| m.as_object_mut());
-    if let Some(metadata) = metadata {
-        metadata.insert("resourceVersion".into(), json!(there.resource_version()));
-    }
-    api.patch(&there.name_any(), &apply_params(), &Patch::Apply(&object))
-        .await
-}
-
 /// 404 is the answer that was hoped for.
 fn absent_is_fine<T>(answer: kube::Result<T>) -> Result<(), StepError> {
     match answer {
@@ -347,7 +333,7 @@ impl Executor {
         }
         let there = api.get(&map.name_any()).await?;
         if there.data != map.data || there.metadata.labels != map.metadata.labels {
-            overwrite(&api, &there, object).await?;
+            publish::overwrite(&api, &there, object).await?;
         }
         Ok(())
     }

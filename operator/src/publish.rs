@@ -3,14 +3,14 @@
 //! Owns: collecting every epoch's chunks and writing the merged text where the user wants it, only ever into an object
 //! that is this job's. Safe to repeat from the start at any point. Must not: end the job.
 
-use crate::apply::{Executor, StepError, overwrite, post_params};
+use crate::apply::{Executor, StepError, apply_params, post_params};
 use crate::results::{self, EpochChunks, OUTPUT_BYTES};
 use gogrid_api::job::{Failure, ResultStatus};
 use gogrid_api::names::{JOB_UID_LABEL, NODE_LABEL, RESULT_JOB_UID_ANNOTATION, RESULTS_KEY};
 use gogrid_api::{Assignment, InferenceJob, names};
 use gogrid_planner::lifecycle::Publication;
 use k8s_openapi::api::core::v1::ConfigMap;
-use kube::api::Api;
+use kube::api::{Api, Patch};
 use kube::{Resource, ResourceExt as _};
 use serde_json::json;
 use sha2::{Digest as _, Sha256};
@@ -87,6 +87,20 @@ pub(crate) async fn publish(
         failed_records: merged.failed,
         preview: results::preview(&merged.text),
     }))
+}
+
+/// Makes a ConfigMap what `object` says, unless somebody has changed it since it was `there`.
+pub(crate) async fn overwrite(
+    api: &Api<ConfigMap>,
+    there: &ConfigMap,
+    mut object: serde_json::Value,
+) -> kube::Result<ConfigMap> {
+    let metadata = object.get_mut("metadata").and_then(|m| m.as_object_mut());
+    if let Some(metadata) = metadata {
+        metadata.insert("resourceVersion".into(), json!(there.resource_version()));
+    }
+    api.patch(&there.name_any(), &apply_params(), &Patch::Apply(&object))
+        .await
 }
 
 fn hex(bytes: &[u8]) -> String {

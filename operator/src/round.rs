@@ -224,10 +224,8 @@ impl<'a> Round<'a> {
             }
             Step::Publish => {
                 let records = current.map_or(0, |r| r.spec.inputs.iter().map(|i| i64::from(i.records)).sum());
-                (
-                    "Publish",
-                    vec![Op::Publish(runs.into_iter().cloned().collect(), records)],
-                )
+                let publish = Op::Publish(runs.into_iter().cloned().collect(), records);
+                ("Publish", vec![publish])
             }
             Step::Finish(outcome) => (
                 "Finish",
