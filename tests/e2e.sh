@@ -6,9 +6,9 @@ shopt -s nullglob
 cd "$(dirname "$0")/.."
 
 lanes=(
-  "nodes idle"
-  "bad_input chart contract jobs life"
-  "chart_values confinement controlplane crd_rules store_model outage"
+  "nodes"
+  "idle bad_input chart contract jobs life nvml"
+  "chart_values confinement controlplane crd_rules store_model outage observed crashes"
 )
 
 alone=()
