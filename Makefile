@@ -40,8 +40,8 @@ soak: prepare controlplane build $(CARGO_AUDITABLE) ## What takes real time: lea
 	@GOGRID_SOAK=1 cargo test --workspace --features $(FEATURES) --test faults -- --test-threads=1 --nocapture leaders
 	$(call say,the modelled store against the real API server: 10 000 operations)
 	@GOGRID_STORE_OPERATIONS=10000 cargo test --workspace --features $(FEATURES) --test store_model -- --nocapture
-	$(call say,shares in long windows - 200 edits of a profile in ten minutes - 10 GB pulled beside a cached file)
-	@GOGRID_SOAK=1 cargo test --workspace --features $(FEATURES) --no-fail-fast --test share --test edits --test page_cache -- --test-threads=1 --nocapture
+	$(call say,shares in long windows - 200 edits of a profile in ten minutes - 10 GB pulled beside a cached file - a share that yields for a minute)
+	@GOGRID_SOAK=1 cargo test --workspace --features $(FEATURES) --no-fail-fast --test share --test edits --test page_cache --test adaptive -- --test-threads=1 --nocapture
 	$(call say,simulated clusters: 10 000 schedules)
 	@cargo run --release -p gogrid-tests --bin sim -- --seeds 10000
 	$(call say,1000 probes of a GPU driver that hang or crash - 20 minutes)

@@ -23,6 +23,8 @@ const NOTICE_NANOS: Nanos = 60_000_000_000;
 pub(super) struct Yield {
     law: Law,
     share: u16,
+    /// What was last told of it: samples turn the law too, between two looks at it.
+    told: Mood,
 }
 
 impl Yield {
@@ -36,6 +38,7 @@ impl Yield {
             None => Self {
                 law: Law::new(settings),
                 share: settings.ceiling,
+                told: Mood::Unsensed,
             },
         });
     }
@@ -87,10 +90,10 @@ impl Owner {
             if device != CPU_DEVICE && !in_use.contains(device) {
                 kept.law.forget();
             }
-            let before = kept.law.mood();
             kept.breathe(now);
             let mood = kept.law.mood();
-            if mood != before {
+            if mood != kept.told {
+                kept.told = mood;
                 tracing::info!(
                     device,
                     mood = mood.word(),
