@@ -7,8 +7,9 @@ cd "$(dirname "$0")/.."
 
 lanes=(
   "nodes"
-  "idle bad_input chart contract jobs life nvml"
-  "chart_values confinement controlplane crd_rules store_model outage observed crashes"
+  "idle bad_input chart contract jobs life"
+  "nvml observed outage"
+  "chart_values confinement controlplane crashes crd_rules store_model"
 )
 
 alone=()

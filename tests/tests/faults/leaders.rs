@@ -129,7 +129,7 @@ fn kills() -> usize {
     if std::env::var_os("GOGRID_SOAK").is_some() {
         50
     } else {
-        12
+        8
     }
 }
 
