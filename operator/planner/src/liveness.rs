@@ -332,6 +332,79 @@ mod tests {
     }
 
     #[test]
+    fn a_turn_that_comes_a_renewal_after_the_last_is_no_blindness_and_without_patience_none_counts() {
+        for step in [10, 11] {
+            let mut patient = Liveness::new(LeaseTiming::default(), ms(0));
+            let mut hasty = patient.clone().hasty();
+            for l in [&mut patient, &mut hasty] {
+                l.changed(ms(0), "a", "1");
+                for turn in 0..=9 {
+                    l.tick(ms(turn * step));
+                }
+            }
+            assert_eq!(hasty.judge(ms(9 * step), "a"), Heartbeat::Lost);
+            let lost = patient.judge(ms(9 * step), "a") == Heartbeat::Lost;
+            assert_eq!(lost, step == 10, "a turn every {step} s");
+        }
+    }
+
+    #[test]
+    fn a_node_that_was_never_seen_is_lost_once_it_would_have_been_seen() {
+        let l = Liveness::new(LeaseTiming::default(), ms(100));
+        assert_eq!(l.judge(ms(101), "none"), Heartbeat::Waiting);
+        assert_eq!(l.judge(ms(145), "none"), Heartbeat::Waiting);
+        assert_eq!(l.judge(Millis(145_001), "none"), Heartbeat::Lost);
+        assert_eq!(l.judge(ms(300), "none"), Heartbeat::Lost);
+    }
+
+    #[test]
+    fn a_tenth_of_many_nodes_is_given_up_within_a_lease_and_the_next_as_it_is_over() {
+        let mut l = Liveness::new(LeaseTiming::default(), ms(0));
+        for n in 0..130 {
+            l.changed(ms(0), &format!("node-{n}"), "1");
+        }
+        let lost = |l: &Liveness, now| {
+            let lost = |n: &u64| l.judge(ms(now), &format!("node-{n}")) == Heartbeat::Lost;
+            (0..130).filter(lost).count()
+        };
+        run(&mut l, 0, 85);
+        assert_eq!(lost(&l, 85), 13);
+        l.tick(ms(86));
+        assert_eq!(lost(&l, 86), 26);
+    }
+
+    #[test]
+    fn a_node_is_forgiven_only_after_more_than_the_longest_backoff() {
+        let steady = 40 * LONGEST_BACKOFF;
+        for (seconds, forgiven) in [(steady, false), (steady + 7, true)] {
+            let mut l = Liveness::new(LeaseTiming::default(), ms(0));
+            l.changed(ms(0), "a", "0");
+            run(&mut l, 0, 46);
+            l.changed(ms(46), "a", "back");
+            // It was steady for so long, and nobody saw it in between.
+            l.changed(ms(46 + seconds), "a", "steady");
+            run(&mut l, 46 + seconds, 92 + seconds);
+            l.changed(ms(92 + seconds), "a", "again");
+            let fresh = l.judge(ms(92 + seconds), "a") == Heartbeat::Fresh;
+            assert_eq!(fresh, forgiven, "after {seconds} s");
+        }
+    }
+
+    #[test]
+    fn the_next_look_is_due_when_a_lease_or_the_wait_after_it_has_just_run_out() {
+        let mut l = Liveness::new(LeaseTiming::default(), ms(0));
+        assert_eq!(l.next_change(ms(0), "a"), None);
+        l.changed(ms(0), "a", "1");
+        assert_eq!(l.next_change(ms(0), "a"), Some(Millis(40_001)));
+        assert_eq!(l.next_change(Millis(40_001), "a"), Some(Millis(45_001)));
+        assert_eq!(l.next_change(Millis(45_001), "a"), None);
+        l.listed(ms(5), "b", "1");
+        l.blind(ms(10));
+        assert_eq!(l.next_change(ms(10), "b"), Some(Millis(45_001)));
+        assert_eq!(l.next_change(ms(46), "b"), Some(Millis(55_001)));
+    }
+
+    #[test]
     fn a_deleted_lease_is_not_fresh_and_is_lost_in_time() {
         let mut l = Liveness::new(LeaseTiming::default(), ms(0));
         l.changed(ms(0), "a", "1");
