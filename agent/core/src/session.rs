@@ -116,11 +116,6 @@ impl Renewals {
         self.failures
     }
 
-    /// When the last good renewal was sent.
-    pub fn last_good(&self) -> Option<Nanos> {
-        self.last_good
-    }
-
     /// The instant after which no worker may run.
     pub fn fence_at(&self) -> Option<Nanos> {
         self.last_good
@@ -242,6 +237,21 @@ mod tests {
         assert_eq!(renewals.next(), 2_500_001_000);
         renewals.succeeded(1_000);
         assert_eq!(renewals.next(), 10_000_001_000);
+    }
+
+    #[test]
+    fn failures_are_counted_until_a_renewal_is_good_and_fenced_workers_are_held_for_so_long_and_no_longer() {
+        let timing = LeaseTiming::default();
+        let mut renewals = Renewals::new(timing);
+        renewals.failed();
+        renewals.failed();
+        assert_eq!(renewals.failures(), 2);
+        renewals.succeeded(1_000);
+        assert_eq!(renewals.failures(), 0);
+        let expires = 1_000 + nanos(timing.fence_after()) + nanos(timing.fenced_hold());
+        assert_eq!(renewals.standing(expires - 1), Standing::Fenced);
+        assert_eq!(renewals.standing(expires), Standing::Expired);
+        assert_eq!(Session::new("boot", "a").boot(), "boot");
     }
 
     proptest! {
