@@ -78,7 +78,8 @@ async fn run(config: Config) -> anyhow::Result<()> {
     let lead = client::gated(kube_config, &beneath, &gate).context("the API server")?;
 
     let (stop_serving, mut serving) = watch::channel(false);
-    let server = tokio::spawn(metrics::serve(config.metrics_addr, metrics.clone(), async move {
+    let listener = metrics::bind(config.metrics_addr).await?;
+    let server = tokio::spawn(metrics::serve(listener, metrics.clone(), async move {
         // An error means that the sender is gone: the process ends.
         let _ = serving.wait_for(|stop| *stop).await;
     }));

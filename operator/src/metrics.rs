@@ -15,6 +15,7 @@ use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use tokio::net::TcpListener;
 
 /// Buckets of API work and planning, in seconds.
 const BUCKETS: [f64; 8] = [0.0005, 0.002, 0.01, 0.05, 0.2, 1.0, 5.0, 30.0];
@@ -257,24 +258,28 @@ impl Metrics {
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
     /// The address is taken or not ours.
-    #[error("--metrics-addr {0} can't be bound")]
+    #[error("--metrics-addr {0} can't be bound: free it, or choose another")]
     Bind(SocketAddr, #[source] std::io::Error),
     /// It broke.
     #[error("the metrics server ended")]
     Serve(#[source] std::io::Error),
 }
 
+/// Takes the address that is served; a program that can't be asked whether it is ready must not start.
+pub async fn bind(address: SocketAddr) -> Result<TcpListener, ServeError> {
+    let error = |source| ServeError::Bind(address, source);
+    let listener = TcpListener::bind(address).await.map_err(error)?;
+    let bound = listener.local_addr().map_err(error)?;
+    tracing::info!(address = %bound, "serving metrics");
+    Ok(listener)
+}
+
 /// Serves until `stop`.
 pub async fn serve(
-    address: SocketAddr,
+    listener: TcpListener,
     metrics: Arc<Metrics>,
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(), ServeError> {
-    let listener = tokio::net::TcpListener::bind(address)
-        .await
-        .map_err(|e| ServeError::Bind(address, e))?;
-    let bound = listener.local_addr().map_err(|e| ServeError::Bind(address, e))?;
-    tracing::info!(address = %bound, "serving metrics");
     let app = Router::new()
         .route("/metrics", get(metrics_text))
         .route("/healthz", get(|| async { "ok" }))
@@ -303,6 +308,17 @@ async fn readiness(State(metrics): State<Arc<Metrics>>) -> (StatusCode, String) 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn an_address_that_is_taken_is_refused_by_name() {
+        let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = taken.local_addr().unwrap();
+        let refused = bind(address).await.unwrap_err().to_string();
+        assert!(
+            refused.starts_with(&format!("--metrics-addr {address} can't be bound")),
+            "{refused}"
+        );
+    }
 
     #[test]
     fn the_page_of_metrics_is_what_this_program_exports() {

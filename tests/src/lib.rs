@@ -16,6 +16,7 @@ pub mod installed;
 pub mod jobs;
 pub mod netns;
 pub mod nodes;
+pub mod ports;
 pub mod process;
 pub mod procfs;
 pub mod prometheus;

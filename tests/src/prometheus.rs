@@ -2,6 +2,7 @@
 //!
 //! Owns: finding them and running them. Must not: know any rule or metric.
 
+use crate::ports;
 use crate::process::Process;
 use crate::wait::eventually;
 use anyhow::{Context as _, Result, ensure};
@@ -104,7 +105,7 @@ impl Prometheus {
             "scrape_configs": [{"job_name": "gogrid", "static_configs": targets}],
         });
         std::fs::write(dir.join("prometheus.yaml"), config.to_string())?;
-        let port = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+        let port = ports::fixed()?.port();
         let mut command = Command::new(binaries()?.join("prometheus"));
         command
             .current_dir(dir)

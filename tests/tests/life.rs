@@ -10,6 +10,7 @@ use gogrid_tests::chart;
 use gogrid_tests::cluster::{Cluster, ClusterOptions, NAMESPACE, on_runtime, tenths_of_lease};
 use gogrid_tests::controlplane::ControlPlane;
 use gogrid_tests::jobs::{Questions, spec};
+use gogrid_tests::ports;
 use gogrid_tests::wait::{eventually, throughout};
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{Namespace, Node, Pod, ServiceAccount};
@@ -28,8 +29,7 @@ async fn cluster() -> Result<Arc<Cluster>> {
         let mut options = ClusterOptions::quick(2);
         for name in ["operator", SECOND, "node-2"] {
             // Fixed, so that a program that refuses can be asked why.
-            let free = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?;
-            options.metrics.insert(name.to_owned(), free);
+            options.metrics.insert(name.to_owned(), ports::fixed()?);
         }
         let control = ControlPlane::shared().await?;
         anyhow::Ok(Arc::new(Cluster::start(control, options).await?))

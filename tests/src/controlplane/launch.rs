@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{Read as _, Write as _};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -15,6 +15,7 @@ use kube::Api;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 
 use super::{Binaries, ControlPlaneOptions};
+use crate::ports;
 use crate::process::Process;
 use crate::wait::eventually;
 
@@ -97,16 +98,15 @@ impl Layout {
                 .context("creating a temporary directory")?
                 .keep(),
         };
-        let [etcd_port, etcd_peer_port, free_port] = free_ports()?;
         let layout = Self {
             admin_token: random_token()?,
             controllers_token: random_token()?,
-            etcd_port,
-            etcd_peer_port,
-            port: options
-                .network
-                .as_ref()
-                .map_or(options.port.unwrap_or(free_port), |n| n.port),
+            etcd_port: ports::fixed()?.port(),
+            etcd_peer_port: ports::fixed()?.port(),
+            port: match options.network.as_ref().map(|n| n.port).or(options.port) {
+                Some(port) => port,
+                None => ports::fixed()?.port(),
+            },
             api_server_flags: options.api_server_flags.clone(),
             users: options.users.clone(),
             network: options.network.clone(),
@@ -411,18 +411,6 @@ where
             process.log_tail(LOG_LINES)
         )
     })
-}
-
-/// Ports on loopback that nothing listens on; all different, because all are held until the last is chosen.
-fn free_ports<const COUNT: usize>() -> Result<[u16; COUNT]> {
-    let mut held = Vec::with_capacity(COUNT);
-    let mut ports = [0; COUNT];
-    for port in &mut ports {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("looking for a free port")?;
-        *port = listener.local_addr()?.port();
-        held.push(listener);
-    }
-    Ok(ports)
 }
 
 fn random_bytes<const COUNT: usize>() -> Result<[u8; COUNT]> {

@@ -11,6 +11,7 @@ use gogrid_simnvml::{Lost, SCENARIO_VARIABLE, Scenario};
 use gogrid_tests::cluster::{Cluster, ClusterOptions, on_runtime};
 use gogrid_tests::controlplane::ControlPlane;
 use gogrid_tests::jobs::{Questions, spec};
+use gogrid_tests::ports;
 use gogrid_tests::procfs;
 use gogrid_tests::prometheus::get;
 use gogrid_tests::wait::{eventually, throughout};
@@ -46,7 +47,7 @@ impl Bench {
         options.lease_seconds = lease_seconds;
         options.agent_args = vec!["--nvml-library".into(), library()?.display().to_string()];
         options.agent_args.extend(args.iter().map(|&arg| arg.to_owned()));
-        let metrics = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?;
+        let metrics = ports::fixed()?;
         options.metrics.insert(node.to_owned(), metrics);
         options.agent_env = vec![(SCENARIO_VARIABLE.into(), path.display().to_string())];
         let cluster = Cluster::start(ControlPlane::shared().await?, options).await?;

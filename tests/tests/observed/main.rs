@@ -15,6 +15,7 @@ use gogrid_api::{ResourceProfile, names};
 use gogrid_tests::cluster::{Cluster, ClusterOptions, NAMESPACE, on_runtime, program, repository};
 use gogrid_tests::controlplane::ControlPlane;
 use gogrid_tests::jobs::{Questions, spec};
+use gogrid_tests::ports;
 use gogrid_tests::prometheus::{Prometheus, check_metrics, get};
 use gogrid_tests::rbac;
 use gogrid_tests::wait::eventually;
@@ -117,8 +118,7 @@ fn induced_faults_fire_and_clear_their_alerts_and_the_run_uses_every_right() -> 
         options.agent_args = vec!["--allow-address=127.0.0.1".into()];
         for name in PROGRAMS {
             // Fixed, so that a restarted program is found again at once.
-            let free = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?;
-            options.metrics.insert(name.to_owned(), free);
+            options.metrics.insert(name.to_owned(), ports::fixed()?);
         }
         let targets = options.metrics.clone();
         let cluster = Cluster::start(control.clone(), options).await?;
