@@ -196,6 +196,7 @@ async fn serve(
             result
         }
         Role::Worker { worker, nonce } => {
+            pool.has_a_worker();
             let (reply, answer) = oneshot::channel();
             let idle = match idle {
                 Some(group) => enter(group, peer.pid()).await,

@@ -1,7 +1,8 @@
 //! How much others want of this machine's processors, and what memory ours hold.
 //!
 //! Owns: reading the kernel's counters of the machine, of our own threads and processes, and telling the owner every half
-//! second. Ours are this process, its children and theirs, and an external pool with its workers. Must not judge figures.
+//! second while anything of ours may work, seldom else. Ours are this process, its children and theirs, and an external
+//! pool with its workers. Must not judge figures.
 
 use crate::clock::Host;
 use crate::event::{Event, Hub};
@@ -15,23 +16,43 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::Duration;
+use tokio::sync::Notify;
 
 /// `/proc/stat` counts in hundredths of a second.
 const TICK_NANOS: u64 = 10_000_000;
 
-/// The external pool of workers, for those who look at processes: 0 = none, below 0 = one that can't be seen from here.
+/// Between two looks while there is neither a worker nor a child that fetches: the law knows how loaded the machine is when
+/// the next worker comes.
+const IDLE_EVERY: Duration = Duration::from_secs(2);
+/// Processes of ours that only wait: this one and the pool.
+const WAITING: usize = 2;
+
+/// The pool of workers, for those who look at processes.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct PoolProcess(Arc<AtomicI32>);
+pub(crate) struct PoolProcess(Arc<Looked>);
+
+#[derive(Debug, Default)]
+struct Looked {
+    /// 0 = no pool yet, below 0 = one that can't be seen from here.
+    pid: AtomicI32,
+    /// A worker has come.
+    worker: Notify,
+}
 
 impl PoolProcess {
     /// A pool has connected; `None`: it lives where its processes can't be seen.
     pub(crate) fn set(&self, pid: Option<i32>) {
-        self.0
-            .store(pid.filter(|pid| *pid > 0).unwrap_or(-1), Ordering::Relaxed);
+        let pid = pid.filter(|pid| *pid > 0).unwrap_or(-1);
+        self.0.pid.store(pid, Ordering::Relaxed);
+    }
+
+    /// A worker has connected.
+    pub(crate) fn has_a_worker(&self) {
+        self.0.worker.notify_one();
     }
 
     fn get(&self) -> i32 {
-        self.0.load(Ordering::Relaxed)
+        self.0.pid.load(Ordering::Relaxed)
     }
 }
 
@@ -39,9 +60,13 @@ impl PoolProcess {
 pub(crate) async fn sense(host: Arc<dyn Host>, pool: PoolProcess, hub: Hub) {
     let mut last: Option<Counters> = None;
     loop {
-        let (clock, pool) = (Arc::clone(&host), pool.clone());
-        match tokio::task::spawn_blocking(move || look(Path::new("/proc"), &*clock, pool.get())).await {
+        let (clock, pid) = (Arc::clone(&host), pool.get());
+        let mut pause = IDLE_EVERY;
+        match tokio::task::spawn_blocking(move || look(Path::new("/proc"), &*clock, pid)).await {
             Ok((counters, resident)) => {
+                if resident.len() > WAITING {
+                    pause = Duration::from_millis(SAMPLE_EVERY.0);
+                }
                 let sample = last.as_ref().and_then(|last| sample(last, &counters));
                 last = Some(counters);
                 if let Some(sample) = sample {
@@ -51,7 +76,10 @@ pub(crate) async fn sense(host: Arc<dyn Host>, pool: PoolProcess, hub: Hub) {
             }
             Err(error) => tracing::error!(%error, "reading the machine's counters ended"),
         }
-        host.sleep(Duration::from_millis(SAMPLE_EVERY.0)).await;
+        tokio::select! {
+            () = host.sleep(pause) => {}
+            () = pool.0.worker.notified() => {}
+        }
     }
 }
 
@@ -153,6 +181,10 @@ fn ours(proc: &Path, pool: i32) -> (BTreeMap<i32, Thread>, BTreeMap<i32, Bytes>)
 mod tests {
     use super::*;
     use crate::clock::Machine;
+    use futures::future::BoxFuture;
+    use gogrid_agent_core::session::Nanos;
+    use jiff::Timestamp;
+    use tokio::task::JoinHandle;
 
     #[test]
     fn busy_time_is_what_processors_ran_without_idling_and_without_what_was_stolen() {
@@ -187,6 +219,42 @@ mod tests {
         assert!(held[&this] > held[&pid] && held[&pid] > Bytes(0), "{held:?}");
         child.kill().unwrap();
         child.wait().unwrap();
+    }
+
+    /// A machine on which no time passes.
+    struct Still;
+
+    impl Host for Still {
+        fn boottime(&self) -> Nanos {
+            0
+        }
+
+        fn wall(&self) -> Timestamp {
+            Timestamp::UNIX_EPOCH
+        }
+
+        fn sleep(&self, _: Duration) -> BoxFuture<'static, ()> {
+            Box::pin(std::future::pending())
+        }
+
+        fn spawn(&self, task: BoxFuture<'static, ()>) -> JoinHandle<()> {
+            tokio::spawn(task)
+        }
+
+        fn random(&self) -> u64 {
+            0
+        }
+    }
+
+    #[tokio::test]
+    async fn a_worker_that_connects_has_the_machine_looked_at_at_once() {
+        let (hub, mut events) = Hub::new();
+        let pool = PoolProcess::default();
+        let sensing = tokio::spawn(sense(Arc::new(Still), pool.clone(), hub));
+        assert!(matches!(events.recv().await, Some(Event::Resident(_))));
+        pool.has_a_worker();
+        assert!(matches!(events.recv().await, Some(Event::Resident(_))));
+        sensing.abort();
     }
 
     #[test]

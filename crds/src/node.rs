@@ -68,10 +68,18 @@ pub struct Device {
     pub holder: Option<String>,
 }
 
+fn cpu() -> String {
+    crate::names::CPU_DEVICE.into()
+}
+
 /// How one limit is held on this node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Enforcement {
+    /// On which device: `cpu` or a UUID of `devices`; what concerns the workers' processes stands at `cpu`.
+    #[serde(default = "cpu")]
+    #[schemars(length(min = 1, max = 96))]
+    pub device: String,
     /// Which limit: `vram`, `compute`, `adaptive`, `requestInterval`, `niceness`, `io`, `batch`.
     #[schemars(length(min = 1, max = 32))]
     pub limit: String,
@@ -204,8 +212,8 @@ pub struct GpuNodeStatus {
     pub devices: Vec<Device>,
     /// How each limit is held.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[schemars(length(max = 16))]
-    #[x_kube(merge_strategy = ListMerge::Map(vec!["limit".into()]))]
+    #[schemars(length(max = 256))]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["device".into(), "limit".into()]))]
     pub enforcement: Vec<Enforcement>,
     /// Profiles in force, the governing one first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

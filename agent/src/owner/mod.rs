@@ -4,6 +4,7 @@
 //! workers, write what changed. Everything that waits runs elsewhere and comes back as an event. Must not wait itself.
 
 mod devices;
+mod enforcement;
 mod events;
 mod feeding;
 mod limits;

@@ -2,19 +2,16 @@
 //!
 //! Owns: the status as it should read and the moment it is written. Must not measure or enforce anything.
 
-use super::{Owner, workers};
+use super::Owner;
 use crate::clock::wall_seconds;
 use crate::event::Event;
 use gogrid_agent_core::plan::Phase;
-use gogrid_agent_core::protocol::Readback;
 use gogrid_agent_core::report::bucketed_devices;
 use gogrid_agent_core::session::{Nanos, Standing};
 use gogrid_api::condition::{self, set_condition};
-use gogrid_api::effective::Limits;
-use gogrid_api::names::{CPU_DEVICE, node_lease};
-use gogrid_api::node::{Enforcement, Heartbeat, RunningProgress};
-use gogrid_api::profile::IoClass;
-use gogrid_api::{Bytes, Condition, ConditionStatus, GpuNodeStatus};
+use gogrid_api::names::node_lease;
+use gogrid_api::node::{Heartbeat, RunningProgress};
+use gogrid_api::{Condition, ConditionStatus, GpuNodeStatus};
 use std::collections::BTreeMap;
 
 const RETRY_NANOS: Nanos = 1_000_000_000;
@@ -173,88 +170,5 @@ impl Owner {
             renewed_at,
             running,
         })
-    }
-
-    fn enforcement(&self) -> Vec<Enforcement> {
-        let Some(effective) = self.ceiling() else {
-            return vec![];
-        };
-        let live: Vec<(&Readback, bool)> = self
-            .work
-            .values()
-            .filter(|w| w.link.is_some())
-            .filter_map(|w| Some((w.applied.as_ref()?, w.idle)))
-            .collect();
-        let readbacks: Vec<&Readback> = live.iter().map(|(readback, _)| *readback).collect();
-        let idle = !live.is_empty() && live.iter().all(|(_, idle)| *idle);
-        let ranked = ranked_by(&readbacks, idle);
-        let cap = self.ledger.cap(CPU_DEVICE);
-        let mut rows = rows(&effective.ceiling, cap, &readbacks, &ranked);
-        rows.extend(self.share_rows(CPU_DEVICE, &effective.ceiling, "billed by CPU time"));
-        rows
-    }
-}
-
-/// One row per limit: what the profile asks for, what was read back, by which means.
-fn rows(limits: &Limits, cap: Bytes, readbacks: &[&Readback], ranked: &str) -> Vec<Enforcement> {
-    let idle = || "nothing runs".to_owned();
-    let row = |limit: &str, requested: String, effective: String, mechanism: &str| Enforcement {
-        limit: limit.into(),
-        requested,
-        effective,
-        mechanism: mechanism.into(),
-    };
-    let asked_io = match limits.io_class {
-        IoClass::None => "None".to_owned(),
-        IoClass::BestEffort => format!("BestEffort/{}", limits.io_level),
-        IoClass::Idle => "Idle".to_owned(),
-    };
-    let nice = readbacks
-        .iter()
-        .map(|r| r.niceness)
-        .min()
-        .map_or_else(idle, |n| n.to_string());
-    let io = readbacks.first().map_or_else(idle, |r| workers::io_text(r.io));
-    let interval = readbacks.iter().map(|r| r.request_interval).min();
-    let interval = interval.map_or_else(idle, |n| format!("{} ms", n / 1_000_000));
-    let batch: u32 = readbacks.iter().map(|r| u32::from(r.max_batch)).sum();
-    let batch = if readbacks.is_empty() {
-        idle()
-    } else {
-        batch.to_string()
-    };
-    vec![
-        row(
-            "vram",
-            format!("{} %", limits.vram_percent.0),
-            format!("{cap} on cpu"),
-            "ledger, capped arena, RLIMIT_DATA",
-        ),
-        row(
-            "requestInterval",
-            format!("{} ms", limits.request_interval.0),
-            interval,
-            "request gate per device",
-        ),
-        row("niceness", limits.niceness.0.to_string(), nice, ranked),
-        row("io", asked_io, io, "ioprio_set on every thread"),
-        row(
-            "batch",
-            limits.max_batch.to_string(),
-            batch,
-            "sequences per decode step",
-        ),
-    ]
-}
-
-/// What ranks the workers behind others: nice values of threads count only inside one autogroup or cgroup.
-fn ranked_by(readbacks: &[&Readback], idle: bool) -> String {
-    if idle {
-        return "cgroup: idle at the top".to_owned();
-    }
-    match readbacks.iter().map(|r| r.autogroup).min() {
-        Some(Some(nice)) => format!("thread, autogroup at {nice}"),
-        Some(None) => "thread: ranks inside the workers' cgroup only".to_owned(),
-        None => "thread".to_owned(),
     }
 }

@@ -11,7 +11,6 @@ use gogrid_agent_core::shares::permille;
 use gogrid_api::assignment::Notice;
 use gogrid_api::effective::Limits;
 use gogrid_api::names::CPU_DEVICE;
-use gogrid_api::node::Enforcement;
 
 /// While a share climbs, it is granted anew in steps of this many permille.
 const STEP_PERMILLE: u16 = 10;
@@ -116,6 +115,11 @@ impl Owner {
         permille(limits.compute_percent).min(share_of(self.laws.get(device).and_then(Option::as_ref)))
     }
 
+    /// The law that a device's share follows, where the profile asks for one.
+    pub(super) fn law(&self, device: &str) -> Option<&Law> {
+        Some(&self.laws.get(device)?.as_ref()?.law)
+    }
+
     /// What one job may use of its device at most, in permille of its time.
     pub(super) fn job_share(work: &Work, limits: &Limits) -> u16 {
         permille(limits.compute_percent).min(share_of(work.yielding.as_ref()))
@@ -139,50 +143,6 @@ impl Owner {
                 work.noticed_at = Some(now);
             }
         }
-    }
-
-    /// The rows of the node's status about computing time and yielding.
-    pub(super) fn share_rows(&self, device: &str, limits: &Limits, billed: &str) -> Vec<Enforcement> {
-        let asked = limits.compute_percent.0;
-        let kept = self.laws.get(device).and_then(Option::as_ref);
-        let mood = kept.map(|kept| kept.law.mood());
-        let effective = match (mood, kept) {
-            (Some(Mood::Yielding | Mood::Blind), Some(kept)) => {
-                format!(
-                    "{} % while others work",
-                    kept.law.settings().floor.min(permille(limits.compute_percent)) / 10
-                )
-            }
-            (Some(Mood::Climbing), _) => format!("climbing to {asked} %"),
-            _ => format!("{asked} %"),
-        };
-        let compute = Enforcement {
-            limit: "compute".into(),
-            requested: format!("{asked} %"),
-            effective,
-            mechanism: format!("expiring grants, {billed}"),
-        };
-        let Some(yielding) = limits.yielding else {
-            return vec![compute];
-        };
-        let mood = mood.unwrap_or(Mood::Unsensed);
-        let mechanism = match mood {
-            Mood::Unsensed => {
-                "none: our own part of the device's use can't be told here, the share stays fixed"
-            }
-            Mood::Blind => "none: the device's use can't be read any more, the floor holds",
-            Mood::Full | Mood::Yielding | Mood::Climbing => "adaptive: use and pressure by others",
-        };
-        let adaptive = Enforcement {
-            limit: "adaptive".into(),
-            requested: format!(
-                "{} % above {} % of foreign load",
-                yielding.floor.0, yielding.foreign.0
-            ),
-            effective: mood.word().into(),
-            mechanism: mechanism.into(),
-        };
-        vec![compute, adaptive]
     }
 }
 

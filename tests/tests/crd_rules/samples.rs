@@ -145,7 +145,7 @@ fn gpu_node() -> Sample {
     });
     let status = json!({
         "conditions": [condition()], "session": "boot/instance", "agentVersion": "0.1.0", "devices": [device],
-        "enforcement": [{"limit": "vram", "requested": "50%", "effective": "50%", "mechanism": "arena"}],
+        "enforcement": [{"device": "GPU-1", "limit": "vram", "requested": "50%", "effective": "50%", "mechanism": "arena"}],
         "profiles": [{"name": "default", "generation": 1, "effectiveAt": TIME}],
         "models": [{"uri": "file:/srv/m.gguf", "bytes": 1, "facts": facts(), "reason": "NotAModel", "error": "none"}], "modelCount": "1",
         "heartbeat": {"lease": "node-node-a", "renewedAt": TIME, "running": [{"assignment": "0-1", "progress": progress()}]},

@@ -449,6 +449,21 @@ fn a_job_yields_to_others_on_its_card_has_its_share_again_afterwards_and_yields_
             .until(&job, "the job to be Throttled", LONG, yields)
             .await?;
         share("the floor", 0.05).await?;
+        eventually(SOON, "the node to say so of the card", || async {
+            let rows = bench.status().await?.enforcement;
+            let yields = |device: &str| {
+                let row = rows.iter().find(|r| r.device == device && r.limit == "adaptive");
+                row.map(|row| row.effective.clone())
+            };
+            ensure!(yields(&uuid).as_deref() == Some("Yielding"), "{rows:?}");
+            ensure!(yields(names::CPU_DEVICE).is_some(), "{rows:?}");
+            ensure!(
+                rows.iter().any(|r| r.device == uuid && r.limit == "vram"),
+                "{rows:?}"
+            );
+            Ok(())
+        })
+        .await?;
         scenario.devices[0].part.processes.clear();
         bench.set(&scenario)?;
         share("the whole share after the game", 0.6).await?;
