@@ -125,6 +125,14 @@ pub async fn until(
     .await
 }
 
+/// Refuses a job that did not succeed.
+pub fn succeeded(job: &InferenceJob) -> Result<()> {
+    let conditions = job.status.as_ref().map_or(&[][..], |s| &s.conditions);
+    let (name, said) = (job.name_any(), short(conditions));
+    ensure!(condition::is_true(conditions, "Succeeded"), "{name}: {said}");
+    Ok(())
+}
+
 /// Waits until a job is Finished, either way, and returns it.
 pub async fn until_finished(client: &Client, job: &InferenceJob, within: Duration) -> Result<InferenceJob> {
     let what = format!("{} to be Finished", job.name_any());

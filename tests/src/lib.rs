@@ -29,3 +29,4 @@ pub mod steps;
 mod sys;
 pub mod values;
 pub mod wait;
+pub mod worker;

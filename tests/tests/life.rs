@@ -9,7 +9,7 @@ use gogrid_api::{GpuNode, InferenceJob, condition};
 use gogrid_tests::chart;
 use gogrid_tests::cluster::{Cluster, ClusterOptions, NAMESPACE, on_runtime, tenths_of_lease};
 use gogrid_tests::controlplane::ControlPlane;
-use gogrid_tests::jobs::{Questions, spec};
+use gogrid_tests::jobs::{Questions, spec, succeeded};
 use gogrid_tests::ports;
 use gogrid_tests::wait::{eventually, throughout};
 use k8s_openapi::api::coordination::v1::Lease;
@@ -76,8 +76,7 @@ async fn submit(
 
 async fn until_succeeded(cluster: &Cluster, job: &InferenceJob) -> Result<InferenceJob> {
     let job = cluster.until_finished(job, LONG).await?;
-    let conditions = job.status.clone().unwrap_or_default().conditions;
-    ensure!(condition::is_true(&conditions, "Succeeded"), "{conditions:?}");
+    succeeded(&job)?;
     Ok(job)
 }
 

@@ -3,9 +3,7 @@
 //!
 //! Proves that the checks of courtesy can fail.
 
-use std::os::unix::process::CommandExt as _;
 use std::path::Path;
-use std::process::Command;
 
 use gogrid_tests::process::Means;
 
@@ -25,8 +23,5 @@ fn main() -> anyhow::Result<()> {
         Means::Setpriority.break_it()?;
         Means::Ioprio.break_it()?;
     }
-    let error = Command::new(gogrid_tests::cluster::program("gogrid-worker")?)
-        .args(std::env::args_os().skip(1))
-        .exec();
-    Err(error.into())
+    Err(gogrid_tests::worker::become_one(&[]))
 }

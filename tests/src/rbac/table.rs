@@ -144,7 +144,7 @@ pub const GRANTS: &[Grant] = &[
         ["create"],
         ("operator/src/publish.rs", "publish"),
         OBSERVED,
-        "publishes a result"
+        "stages inputs; publishes a result"
     ),
     grant!(
         "operator",
@@ -152,9 +152,9 @@ pub const GRANTS: &[Grant] = &[
         "",
         "configmaps",
         ["patch"],
-        ("operator/src/apply.rs", "stage"),
+        ("operator/src/publish.rs", "overwrite"),
         OBSERVED,
-        "stages inputs; publishes a result again after a crash"
+        "replaces a staged input or a result whose text has changed"
     ),
     grant!(
         "operator",

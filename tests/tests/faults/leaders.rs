@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, ensure};
 use gogrid_api::{InferenceJob, condition, names};
 use gogrid_tests::cluster::{on_runtime, tenths_of_lease};
 use gogrid_tests::controlplane::AuditEvent;
-use gogrid_tests::jobs::{Questions, short, spec};
+use gogrid_tests::jobs::{Questions, spec, succeeded};
 use gogrid_tests::process::Process;
 use gogrid_tests::procfs;
 use gogrid_tests::wait::eventually;
@@ -156,11 +156,7 @@ async fn done_once(world: &World, job: &InferenceJob, questions: &Questions, sin
     let job = world.cluster.until_finished(job, LONG).await?;
     let status = job.status.clone().unwrap_or_default();
     let name = job.name_any();
-    ensure!(
-        condition::is_true(&status.conditions, "Succeeded"),
-        "{name}: {}",
-        short(&status.conditions)
-    );
+    succeeded(&job)?;
     questions.right(&world.cluster.results(&job).await?)?;
     ensure!(
         status.attempts == 0,

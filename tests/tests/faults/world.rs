@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, ensure};
 use gogrid_api::{InferenceJob, condition, names};
 use gogrid_tests::cluster::{Cluster, ClusterOptions, tenths_of_lease};
 use gogrid_tests::controlplane::{AuditEvent, ControlPlane};
-use gogrid_tests::jobs::{Questions, short, spec};
+use gogrid_tests::jobs::{Questions, short, spec, succeeded};
 use gogrid_tests::netns::Outpost;
 use gogrid_tests::steps::{self, Step, boottime_of};
 use gogrid_tests::wait::eventually;
@@ -161,11 +161,7 @@ impl World {
         let job = self.cluster.until_finished(&run.job, LONG).await?;
         let status = job.status.clone().unwrap_or_default();
         let name = job.name_any();
-        ensure!(
-            condition::is_true(&status.conditions, "Succeeded"),
-            "{name}: {}",
-            short(&status.conditions)
-        );
+        succeeded(&job)?;
         let (right, asked) = (
             run.questions.right(&self.cluster.results(&job).await?)?,
             run.questions.asked().count(),

@@ -93,13 +93,7 @@ async fn until_right(
     questions: &Questions,
 ) -> Result<InferenceJob> {
     let job = installed.until_finished(job, LONG).await?;
-    let status = job.status.clone().unwrap_or_default();
-    ensure!(
-        condition::is_true(&status.conditions, "Succeeded"),
-        "{}: {}",
-        job.name_any(),
-        jobs::short(&status.conditions)
-    );
+    jobs::succeeded(&job)?;
     let results = jobs::results(&installed.client, &job).await?;
     let (right, asked) = (questions.right(&results)?, questions.asked().count());
     ensure!(
