@@ -36,6 +36,8 @@ test: prepare lint controlplane prometheus nodes build unit e2e deny ## Everythi
 soak: prepare controlplane build $(CARGO_AUDITABLE) ## What takes real time: leases of 40 s, minutes of idling.
 	$(call say,leases of 40 s: an idle cluster and a lost node)
 	@GOGRID_TEST_LEASE_SECONDS=40 cargo test --workspace --features $(FEATURES) --no-fail-fast --test idle --test crashes -- --test-threads=1 --nocapture --skip killed_before_or_after
+	$(call say,the same leases: partitions - programs that stand still - struck renewals - 5 leaders killed - outages of 5 and 11 minutes)
+	@GOGRID_TEST_LEASE_SECONDS=40 cargo test --workspace --features $(FEATURES) --no-fail-fast --test faults --test outage -- --test-threads=1 --nocapture
 	$(call say,50 leaders killed and every write of a placement held back)
 	@GOGRID_SOAK=1 cargo test --workspace --features $(FEATURES) --test faults -- --test-threads=1 --nocapture leaders
 	$(call say,the modelled store against the real API server: 10 000 operations)

@@ -11,7 +11,7 @@ use sha2::{Digest as _, Sha256};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::cluster::{answer, record};
+use crate::cluster::{answer, lease_seconds, record};
 use crate::wait::eventually;
 
 /// Prompts and the answers that are right, by `custom_id`.
@@ -67,6 +67,11 @@ impl Questions {
         }
         Ok(right)
     }
+}
+
+/// That many records where a node lease takes 4 s, as many more as it takes longer: work that has to outlast leases.
+pub fn lasting(records: usize) -> usize {
+    records * usize::try_from(lease_seconds()).unwrap_or(1) / 4
 }
 
 /// The folder of the committed models.

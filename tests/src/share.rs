@@ -127,20 +127,21 @@ const DELAYED: f64 = 1.0;
 pub struct Verdict {
     /// Windows looked at.
     pub windows: usize,
-    /// Windows more than two points below the share in which a thread waited for a CPU more than 1 % of the time.
+    /// Windows more than two points below the share, or what of it can be used, in which a thread waited for a CPU more than 1 % of the time.
     pub excluded: usize,
     /// Most points above the share in any window.
     pub above: f64,
-    /// Most points below the share in a window that is not excluded.
+    /// Most points below the share, or what of it can be used, in a window that is not excluded.
     pub below: f64,
     /// Percent of its length that a thread waited for a CPU, in the middle one of all windows.
     pub delay_percent: f64,
 }
 
 impl Verdict {
-    /// Judges windows against a share in percent.
-    pub fn of(windows: &[Window], asked: f64) -> Self {
-        let excused = |w: &&Window| asked - w.percent > BELOW && w.delay_percent > DELAYED;
+    /// Judges windows against a share in percent, of which those that have it can use `most`.
+    pub fn of(windows: &[Window], asked: f64, most: f64) -> Self {
+        let usable = asked.min(most);
+        let excused = |w: &&Window| usable - w.percent > BELOW && w.delay_percent > DELAYED;
         let most = |values: &mut dyn Iterator<Item = f64>| values.fold(0.0, f64::max);
         let mut delays: Vec<f64> = windows.iter().map(|w| w.delay_percent).collect();
         delays.sort_by(f64::total_cmp);
@@ -148,7 +149,7 @@ impl Verdict {
             windows: windows.len(),
             excluded: windows.iter().filter(excused).count(),
             above: most(&mut windows.iter().map(|w| w.percent - asked)),
-            below: most(&mut windows.iter().filter(|w| !excused(w)).map(|w| asked - w.percent)),
+            below: most(&mut windows.iter().filter(|w| !excused(w)).map(|w| usable - w.percent)),
             delay_percent: delays.get(delays.len() / 2).copied().unwrap_or(0.0),
         }
     }
@@ -197,7 +198,7 @@ mod tests {
             delay_percent,
         };
         let windows = [window(59.0, 0.2), window(30.0, 40.0), window(63.0, 40.0)];
-        let verdict = Verdict::of(&windows, 60.0);
+        let verdict = Verdict::of(&windows, 60.0, 100.0);
         assert_eq!((verdict.windows, verdict.excluded), (3, 1));
         assert!((verdict.above - 3.0).abs() < 1e-9 && (verdict.below - 1.0).abs() < 1e-9);
     }
@@ -208,8 +209,10 @@ mod tests {
             percent: 50.0,
             delay_percent: 0.9,
         };
-        let verdict = Verdict::of(&[below], 60.0);
+        let verdict = Verdict::of(&[below], 60.0, 100.0);
         assert_eq!(verdict.excluded, 0);
         assert!((verdict.below - 10.0).abs() < 1e-9);
+        let verdict = Verdict::of(&[below], 60.0, 50.5);
+        assert!((verdict.below - 0.5).abs() < 1e-9, "it can't use more");
     }
 }

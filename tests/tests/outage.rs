@@ -4,10 +4,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use gogrid_api::{InferenceJob, condition, names};
-use gogrid_tests::cluster::{Cluster, ClusterOptions, on_runtime, tenths_of_lease};
+use gogrid_api::{InferenceJob, names};
+use gogrid_tests::cluster::{Cluster, ClusterOptions, lease_seconds, on_runtime, tenths_of_lease};
 use gogrid_tests::controlplane::ControlPlane;
-use gogrid_tests::jobs::{Questions, short, spec};
+use gogrid_tests::jobs::{Questions, lasting, spec, succeeded};
 use gogrid_tests::procfs;
 use gogrid_tests::steps::{self, Step, boottime_of};
 use gogrid_tests::wait::eventually;
@@ -16,9 +16,22 @@ use kube::ResourceExt as _;
 use kube::api::DeleteParams;
 use serde_json::{Value, json};
 
-const LONG: Duration = Duration::from_secs(120);
 const NODE: &str = "node-1";
-const RECORDS: usize = 120;
+
+/// Longer than anything takes that has to happen.
+fn long() -> Duration {
+    tenths_of_lease(300)
+}
+
+/// Enough for the work to be in the middle for some leases.
+fn records() -> usize {
+    lasting(120)
+}
+
+/// How long the API server is away after the work stands still; with leases of 40 s, five minutes in all.
+fn away() -> Duration {
+    tenths_of_lease(if lease_seconds() > 4 { 66 } else { 20 })
+}
 
 async fn cluster() -> Result<Arc<Cluster>> {
     static SHARED: tokio::sync::OnceCell<Arc<Cluster>> = tokio::sync::OnceCell::const_new();
@@ -43,12 +56,16 @@ impl Run {
     /// A job of many seconds that has saved some of its answers.
     async fn start(cluster: &Cluster, name: &str) -> Result<Self> {
         let since = cluster.control.now();
-        let questions = Questions::new(8, RECORDS);
-        let mut spec = spec(&questions.lines(), name)?;
+        let questions = Questions::new(8, records());
+        let mut spec = spec(&[], name)?;
+        let input = format!("{name}-input");
+        spec["input"] = cluster
+            .create_input("default", &input, &questions.lines())
+            .await?;
         spec["profileName"] = json!("conservative");
         let job = cluster.create_job("default", name, spec).await?;
         let control = &cluster.control;
-        eventually(LONG, "a checkpoint", || async {
+        eventually(long(), "a checkpoint", || async {
             let uid = job.uid().context("no uid")?;
             let chunk = names::result_chunk(&names::assignment(&uid, 1), NODE, 0);
             let writes = control.audit_accepted(since, control.now())?;
@@ -72,17 +89,14 @@ impl Run {
 
     /// Its results once it is over, every record there once.
     async fn results(&self, cluster: &Cluster, epoch: i64) -> Result<Vec<Value>> {
-        let job = cluster.until_finished(&self.job, LONG).await?;
+        let job = cluster.until_finished(&self.job, long()).await?;
         let status = job.status.clone().unwrap_or_default();
-        ensure!(
-            condition::is_true(&status.conditions, "Succeeded"),
-            "{}",
-            short(&status.conditions)
-        );
+        succeeded(&job)?;
         ensure!(status.epoch == epoch, "epoch {}, not {epoch}", status.epoch);
         let results = cluster.results(&job).await?;
         let right = self.questions.right(&results)?;
-        ensure!(right * 100 >= RECORDS * 90, "{right} of {RECORDS} right");
+        let asked = records();
+        ensure!(right * 100 >= asked * 90, "{right} of {asked} right");
         let jobs = cluster.jobs("default");
         jobs.delete(&job.name_any(), &DeleteParams::default()).await?;
         Ok(results)
@@ -116,13 +130,13 @@ fn work_pauses_while_the_api_server_is_away_and_goes_on_within_two_seconds_of_it
         let paused_at = outage(&cluster, async {
             stands_still(run.worker).await?;
             let paused_at = steps::now();
-            tokio::time::sleep(tenths_of_lease(20)).await;
+            tokio::time::sleep(away()).await;
             Ok(paused_at)
         })
         .await?;
         let back = cluster.control.now();
         let control = &cluster.control;
-        let (renewed, step) = eventually(LONG, "a step after the outage", || async {
+        let (renewed, step) = eventually(long(), "a step after the outage", || async {
             let lease = names::node_lease(NODE);
             let renewals = control.audit_accepted(back, control.now())?;
             let renewed = renewals
@@ -178,13 +192,13 @@ fn after_an_outage_longer_than_the_hold_all_workers_are_gone_and_jobs_run_again_
             "gone after {gone:?}: before the hold was over"
         );
         let results = run.results(&cluster, 2).await?;
-        let before = u64::try_from(RECORDS)?;
+        let asked = records();
         let kept = results
             .iter()
             .filter_map(|r| r.pointer("/response/body/gogrid/finishedMicros")?.as_u64())
             .filter(|micros| micros * 1000 < began)
             .count();
-        println!("{kept} of {before} records were kept from before");
+        println!("{kept} of {asked} records were kept from before");
         ensure!(kept > 0, "nothing was kept: did it begin anew?");
         Ok(())
     })

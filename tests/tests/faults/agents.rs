@@ -15,7 +15,7 @@ use kube::api::{Api, Patch, PatchParams};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
-use crate::world::{LONG, Run, World, pid, world};
+use crate::world::{Run, World, long, pid, world};
 
 fn signal(number: u32, signal: Signal) -> Result<()> {
     let pid = Pid::from_raw(i32::try_from(number)?).context("no process")?;
@@ -50,7 +50,7 @@ async fn agent_stands_still(world: &World) -> Result<()> {
     let run = world.run("agent-stopped", "one", 70).await?;
     let agent = pid(&world.cluster, &run.node)?;
     stands_still(agent, async {
-        world.moved(&run, LONG).await?;
+        world.moved(&run, long()).await?;
         eventually(tenths_of_lease(10), "a step elsewhere", || async {
             world.moved_in_time(&run).map(drop)
         })
@@ -134,7 +134,7 @@ async fn agents_overlap(world: &World) -> Result<()> {
     })
     .await?;
     old.signal(Signal::TERM)?;
-    eventually(LONG, "the second to hold the lease", || async {
+    eventually(long(), "the second to hold the lease", || async {
         ensure!(holder(world, &run.node).await? != session, "the first still does");
         ensure!(!old.is_running(), "the first has not ended");
         Ok(())
@@ -163,7 +163,7 @@ async fn worker_does_not_end(world: &World) -> Result<()> {
     spec["placement"] = json!({"nodeSelector": on_node});
     spec["memory"] = json!({"vram": "1200Mi"});
     let next = cluster.create_job("default", "next", spec).await?;
-    eventually(LONG, "the worker to be killed", || async {
+    eventually(long(), "the worker to be killed", || async {
         let state = procfs::state(worker)?;
         ensure!(state == 't', "it is in state {state}");
         Ok(())
@@ -203,8 +203,8 @@ async fn worker_does_not_end(world: &World) -> Result<()> {
     // The agent dies, its worker doesn't: the next agent is not there before it is.
     jobs.patch("stuck", &PatchParams::default(), &suspend(false))
         .await?;
-    world.moved(&run, LONG).await?;
-    eventually(LONG, "a worker again", || async {
+    world.moved(&run, long()).await?;
+    eventually(long(), "a worker again", || async {
         worker_of(world, &run).map(drop)
     })
     .await?;
@@ -224,7 +224,7 @@ async fn worker_does_not_end(world: &World) -> Result<()> {
     .await;
     drop(held);
     waited?;
-    eventually(LONG, "the next agent to take the lease", || async {
+    eventually(long(), "the next agent to take the lease", || async {
         ensure!(
             holder(world, &node).await? != session,
             "the lease is still the old one's"

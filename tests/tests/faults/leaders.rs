@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use gogrid_api::{InferenceJob, condition, names};
-use gogrid_tests::cluster::{on_runtime, tenths_of_lease};
+use gogrid_tests::cluster::{lease_seconds, on_runtime, tenths_of_lease};
 use gogrid_tests::controlplane::AuditEvent;
 use gogrid_tests::jobs::{Questions, spec, succeeded};
 use gogrid_tests::process::Process;
@@ -19,7 +19,7 @@ use kube::api::{Api, DeleteParams};
 use rustix::process::Signal;
 use serde_json::json;
 
-use crate::world::{LONG, World, world};
+use crate::world::{World, long, world};
 
 /// Who holds the leader Lease; the middle of a holder's name is its process's number.
 async fn leader(world: &World) -> Result<Option<i32>> {
@@ -33,7 +33,7 @@ async fn leader(world: &World) -> Result<Option<i32>> {
 }
 
 async fn until_leads(world: &World, operator: &Process) -> Result<()> {
-    eventually(LONG, &format!("{} to lead", operator.name()), || async {
+    eventually(long(), &format!("{} to lead", operator.name()), || async {
         let found = leader(world).await?;
         ensure!(
             found == Some(operator.pid()),
@@ -51,7 +51,7 @@ async fn until_waits(world: &World, operator: &Process) -> Result<()> {
     let from = control.now();
     let leader = last_leader(world, from - jiff::SignedDuration::try_from(tenths_of_lease(10))?)?;
     eventually(
-        LONG,
+        long(),
         &format!("{} to wait for the lease", operator.name()),
         || async {
             let looks = control.audit_requests(from, control.now())?;
@@ -124,9 +124,11 @@ fn terms(accepted: &[AuditEvent]) -> Result<Terms> {
     Ok(terms)
 }
 
-/// Kills: each takes some two seconds.
+/// Kills: each takes some two seconds, ten times that with leases of 40.
 fn kills() -> usize {
-    if std::env::var_os("GOGRID_SOAK").is_some() {
+    if lease_seconds() > 4 {
+        5
+    } else if std::env::var_os("GOGRID_SOAK").is_some() {
         50
     } else {
         8
@@ -153,7 +155,7 @@ async fn slow_job(world: &World, name: &str) -> Result<(InferenceJob, Questions)
 /// Waits for its end: every record is there once, and it was placed again only after the agent had refused the order of a
 /// leader that was no more.
 async fn done_once(world: &World, job: &InferenceJob, questions: &Questions, since: Timestamp) -> Result<()> {
-    let job = world.cluster.until_finished(job, LONG).await?;
+    let job = world.cluster.until_finished(job, long()).await?;
     let status = job.status.clone().unwrap_or_default();
     let name = job.name_any();
     succeeded(&job)?;
@@ -209,7 +211,7 @@ fn a_leader_killed_again_and_again_is_followed_in_time_and_writes_nothing_after_
             start(&world, "leader-a", &[]).await?,
             start(&world, "leader-b", &[]).await?,
         ];
-        let first = eventually(LONG, "one of the new operators to lead", || async {
+        let first = eventually(long(), "one of the new operators to lead", || async {
             let pid = leader(&world).await?;
             let found = operators.iter().find(|o| pid == Some(o.pid()));
             found.cloned().with_context(|| format!("process {pid:?} leads"))
@@ -227,7 +229,7 @@ fn a_leader_killed_again_and_again_is_followed_in_time_and_writes_nothing_after_
             jobs.push(small_job(&world, &format!("after-kill-{kill}")).await?);
             operators.retain(|o| o.pid() != leading.pid());
             operators.push(start(&world, &format!("leader-{kill}"), &[]).await?);
-            let followed = eventually(LONG, "another to lead", || async {
+            let followed = eventually(long(), "another to lead", || async {
                 let pid = leader(&world).await?;
                 let found = operators.iter().find(|o| pid == Some(o.pid()));
                 found.cloned().with_context(|| format!("process {pid:?} leads"))
@@ -301,7 +303,7 @@ fn what_a_leader_that_stood_still_between_check_and_send_sends_after_its_followe
             let credential = last_leader(&world, started)?;
             // Long enough to run still when the leader goes on.
             let (job, questions) = slow_job(&world, &format!("paused-{moment}")).await?;
-            let stands = eventually(LONG, "the leader to stand still", || async {
+            let stands = eventually(long(), "the leader to stand still", || async {
                 let status = world.cluster.jobs("default").get(&job.name_any()).await?.status;
                 let over = status.is_some_and(|s| condition::is_true(&s.conditions, "Finished"));
                 let state = procfs::state(u32::try_from(paused.pid())?)?;
@@ -321,7 +323,7 @@ fn what_a_leader_that_stood_still_between_check_and_send_sends_after_its_followe
             }
             until_leads(&world, &next).await?;
             let control = &world.cluster.control;
-            eventually(LONG, "the follower to have the job in hand", || async {
+            eventually(long(), "the follower to have the job in hand", || async {
                 let writes = control.audit_accepted(started, control.now())?;
                 let theirs = |e: &&AuditEvent| e.resource == "inferencejobs" && e.name == job.name_any();
                 let theirs = writes
@@ -337,7 +339,7 @@ fn what_a_leader_that_stood_still_between_check_and_send_sends_after_its_followe
             let went_on = control.now();
             paused.signal(Signal::CONT)?;
             let of_jobs = ["inferencejobs", "assignments", "configmaps"];
-            let late = eventually(LONG, "the write that was held back", || async {
+            let late = eventually(long(), "the write that was held back", || async {
                 let writes = control.audit_writes(went_on, control.now())?;
                 let late: Vec<_> = writes
                     .into_iter()

@@ -9,7 +9,7 @@ use gogrid_tests::procfs;
 use gogrid_tests::wait::{eventually, throughout};
 use kube::ResourceExt as _;
 
-use crate::world::{LONG, Run, World, pid, world};
+use crate::world::{Run, World, long, pid, world};
 
 /// Whether this user may make networks; says so if not.
 fn skipped() -> Result<bool> {
@@ -65,7 +65,7 @@ fn a_node_cut_off_for_longer_stops_in_time_before_its_job_runs_elsewhere_and_tak
         let run = world.run("cut-long", "cut", 70).await?;
         let outpost = world.outposts.get(&run.node).context("no outpost")?;
         outpost.cut().await?;
-        let moved = world.moved(&run, LONG).await;
+        let moved = world.moved(&run, long()).await;
         let elsewhere = eventually(tenths_of_lease(10), "a step elsewhere", || async {
             world.moved_in_time(&run)
         });

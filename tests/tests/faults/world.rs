@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, ensure};
 use gogrid_api::{InferenceJob, condition, names};
 use gogrid_tests::cluster::{Cluster, ClusterOptions, tenths_of_lease};
 use gogrid_tests::controlplane::{AuditEvent, ControlPlane};
-use gogrid_tests::jobs::{Questions, short, spec, succeeded};
+use gogrid_tests::jobs::{Questions, lasting, short, spec, succeeded};
 use gogrid_tests::netns::Outpost;
 use gogrid_tests::steps::{self, Step, boottime_of};
 use gogrid_tests::wait::eventually;
@@ -18,7 +18,10 @@ use kube::ResourceExt as _;
 use kube::api::{Api, DeleteParams, Patch, PatchParams};
 use serde_json::json;
 
-pub(crate) const LONG: Duration = Duration::from_secs(90);
+/// Longer than anything takes that has to happen.
+pub(crate) fn long() -> Duration {
+    tenths_of_lease(225)
+}
 /// Label of two nodes that stand in for each other, and for no others.
 const PAIR: &str = "gogrid.test/pair";
 /// Pairs and their nodes: a scenario of its own each, so that several can go on at once.
@@ -98,7 +101,8 @@ impl World {
         found.map_or(PAIRS[0].1, |(_, nodes)| *nodes)
     }
 
-    /// Starts a job of `records` (at least 100 ms each) on either node of a pair, and returns once it computes.
+    /// Starts a job of `records` (at least 100 ms each, and as many more as leases are longer than 4 s) on either node of a
+    /// pair, and returns once it computes.
     pub(crate) async fn run(&self, name: &str, pair: &'static str, records: usize) -> Result<Run> {
         self.run_with(name, pair, records, json!({})).await
     }
@@ -112,8 +116,13 @@ impl World {
         more: serde_json::Value,
     ) -> Result<Run> {
         let since = self.cluster.control.now();
-        let questions = Questions::new(3, records);
-        let mut spec = spec(&questions.lines(), name)?;
+        let questions = Questions::new(3, lasting(records));
+        let mut spec = spec(&[], name)?;
+        let input = format!("{name}-input");
+        spec["input"] = self
+            .cluster
+            .create_input("default", &input, &questions.lines())
+            .await?;
         spec["profileName"] = json!("conservative");
         spec["placement"] = json!({"nodeSelector": {PAIR: pair}});
         for (key, value) in more.as_object().context("not an object")? {
@@ -122,7 +131,7 @@ impl World {
         let job = self.cluster.create_job("default", name, spec).await?;
         let job = self
             .cluster
-            .until(&job, "the job to be Loaded", LONG, |job| {
+            .until(&job, "the job to be Loaded", long(), |job| {
                 let status = job.status.clone().unwrap_or_default();
                 ensure!(
                     condition::is_true(&status.conditions, "Loaded"),
@@ -141,7 +150,7 @@ impl World {
             node,
             since,
         };
-        eventually(LONG, "a first step", || async {
+        eventually(long(), "a first step", || async {
             ensure!(!self.steps(&run)?.is_empty(), "none");
             Ok(())
         })
@@ -158,7 +167,7 @@ impl World {
     /// Waits until the job is over, every record answered once and nearly all right, no two workers having computed at
     /// once; deletes it. Returns its epoch.
     pub(crate) async fn finished(&self, run: &Run) -> Result<i64> {
-        let job = self.cluster.until_finished(&run.job, LONG).await?;
+        let job = self.cluster.until_finished(&run.job, long()).await?;
         let status = job.status.clone().unwrap_or_default();
         let name = job.name_any();
         succeeded(&job)?;

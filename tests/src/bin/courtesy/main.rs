@@ -228,7 +228,10 @@ fn share(guest: &mut Guest, limits: &Limits, cores: u16) -> Result<Share> {
     })?;
     let asked = f64::from(limits.compute_percent.0);
     let windows = |seconds| samples.windows(Duration::from_secs(seconds), u32::from(cores));
-    let (short, long) = (Verdict::of(&windows(1), asked), Verdict::of(&windows(10), asked));
+    let (short, long) = (
+        Verdict::of(&windows(1), asked, 100.0),
+        Verdict::of(&windows(10), asked, 100.0),
+    );
     Ok(Share {
         requested_percent: asked,
         mean_percent: samples.whole(u32::from(cores)).map_or(0.0, |w| w.percent),
