@@ -11,6 +11,7 @@ use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
 use kube::api::{Api, ListParams, Patch, PatchParams};
 use kube::{Client, ResourceExt as _};
 use serde_json::{Value, json};
+use std::sync::LazyLock;
 
 /// The CRDs are not this version's, or that can't be found out.
 #[derive(Debug, thiserror::Error)]
@@ -153,10 +154,13 @@ fn missing(wanted: &CustomResourceDefinition, installed: &CustomResourceDefiniti
         .or_else(selectable)
 }
 
+/// The CRDs of this version. Made once: a server that can't be reached is asked again every other second.
+static OURS: LazyLock<[CustomResourceDefinition; 4]> = LazyLock::new(gogrid_api::crds);
+
 /// Checks that the installed CRDs are this version's or newer.
 pub(crate) async fn crds(client: &Client) -> Result<(), ProbeError> {
     let api: Api<CustomResourceDefinition> = Api::all(client.clone());
-    for wanted in gogrid_api::crds() {
+    for wanted in OURS.iter() {
         let name = wanted.name_any();
         let installed = match api.get_opt(&name).await {
             Ok(Some(installed)) => installed,
@@ -168,7 +172,7 @@ pub(crate) async fn crds(client: &Client) -> Result<(), ProbeError> {
                 });
             }
         };
-        if let Some(what) = missing(&wanted, &installed) {
+        if let Some(what) = missing(wanted, &installed) {
             return Err(ProbeError::Older { name, what });
         }
     }

@@ -5,20 +5,17 @@
 
 use crate::apply::Op;
 use crate::config::Config;
+use crate::housing::{Homeless, ToInspect, ToPlace};
 use crate::models::{self, Models};
 use crate::order;
 use crate::orphans;
 use crate::status::{Draft, urgent};
 use crate::store::{Claim, Store};
 use crate::validate;
-use gogrid_api::assignment::{JobReference, Kind, ModelFacts, StagedInput, State, Stop, StopReason};
-use gogrid_api::{Assignment, Bytes, InferenceJob, InferenceJobStatus, Millis, effective_profile, names};
-use gogrid_planner::lifecycle::{
-    self, AGENT_RESTARTED, InputState, Publication, Refusal, RunsOn, Step, View,
-};
-use gogrid_planner::queue::{self, Waiting};
-use gogrid_planner::{Decision, Demand, Heartbeat, JobRequest, World, must_leave, plan};
-use kube::ResourceExt as _;
+use gogrid_api::assignment::{JobReference, Kind, StagedInput, State, Stop, StopReason};
+use gogrid_api::{Assignment, InferenceJob, InferenceJobStatus, Millis, effective_profile, names};
+use gogrid_planner::lifecycle::{self, InputState, Publication, Refusal, RunsOn, Step, View};
+use gogrid_planner::{Heartbeat, must_leave};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// An agent's word for a staged input that is not there.
@@ -62,13 +59,6 @@ pub(crate) struct Round<'a> {
     pub(crate) term: i64,
 }
 
-struct ToPlace<'a> {
-    job: &'a InferenceJob,
-    runs: Vec<&'a Assignment>,
-    facts: &'a ModelFacts,
-    inputs: Vec<StagedInput>,
-}
-
 pub(crate) fn over(a: &Assignment) -> bool {
     a.status
         .as_ref()
@@ -79,51 +69,31 @@ pub(crate) fn over(a: &Assignment) -> bool {
 impl<'a> Round<'a> {
     /// All work that can be begun now.
     pub(crate) fn works(&self) -> Vec<Work> {
-        let pending = self
-            .busy
-            .iter()
-            .filter_map(|(uid, claim)| Some((uid.clone(), claim.clone()?)))
-            .collect();
-        let mut world = match self.store.world(self.now, &self.config.version, &pending) {
-            Ok(world) => world,
-            Err(error) => {
-                tracing::error!(
-                    error = crate::error_text(&error),
-                    "the world contradicts itself, nothing is placed"
-                );
-                return vec![];
-            }
-        };
         let by_job = self.store.by_job();
         let models = Models::new(self.store, self.now);
         let none = vec![];
-        let (mut works, mut to_place) = (vec![], vec![]);
+        let (mut works, mut homeless) = (vec![], Homeless::default());
         for (uid, job) in &self.store.jobs {
             let resting = self.memory.get(uid).is_some_and(|m| m.not_before > self.now);
             if resting || self.busy.contains_key(uid) {
                 continue;
             }
             let assignments = by_job.get(uid.as_str()).unwrap_or(&none);
-            self.look(uid, job, assignments, &models, &world, &mut works, &mut to_place);
+            self.look(uid, job, assignments, &models, &mut works, &mut homeless);
         }
-        self.place(&mut world, &to_place, &mut works);
+        self.house(&homeless, &mut works);
         self.orphans(&by_job, &mut works);
         works
     }
 
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "the inputs of one decision and its two outlets"
-    )]
     fn look(
         &self,
         uid: &str,
         job: &'a InferenceJob,
         assignments: &[&'a Assignment],
         models: &Models<'a>,
-        world: &World,
         works: &mut Vec<Work>,
-        to_place: &mut Vec<ToPlace<'a>>,
+        homeless: &mut Homeless<'a>,
     ) {
         let empty = Memory::default();
         let memory = self.memory.get(uid).unwrap_or(&empty);
@@ -196,11 +166,15 @@ impl<'a> Round<'a> {
                     }),
                 )
             }
-            Step::Inspect => ("Inspect", self.inspect(job, assignments, memory, world)),
+            Step::Inspect => {
+                let assignments = assignments.to_vec();
+                homeless.to_inspect.push(ToInspect { job, assignments });
+                return;
+            }
             Step::Stage => ("Stage", vec![Op::Stage]),
             Step::Place => {
                 if let (Some(facts), Some(inputs)) = (facts, staged) {
-                    to_place.push(ToPlace {
+                    homeless.to_place.push(ToPlace {
                         job,
                         runs,
                         facts,
@@ -247,7 +221,7 @@ impl<'a> Round<'a> {
     }
 
     /// A write where the status differs in a word, or in a number and the last write is old enough.
-    fn write(&self, job: &InferenceJob, memory: &Memory, new: InferenceJobStatus) -> Vec<Op> {
+    pub(crate) fn write(&self, job: &InferenceJob, memory: &Memory, new: InferenceJobStatus) -> Vec<Op> {
         let old = job.status.as_ref();
         let interval = self.config.timing.lease().0 * 3 / 2;
         let due = memory
@@ -257,61 +231,6 @@ impl<'a> Round<'a> {
             vec![Op::WriteStatus(Box::new(new))]
         } else {
             vec![]
-        }
-    }
-
-    fn request(job: &InferenceJob, demand: Demand, layers: i32) -> JobRequest {
-        let spec = &job.spec;
-        let restarted = job.status.as_ref().filter(|s| {
-            s.last_failure
-                .as_ref()
-                .is_some_and(|f| f.reason == AGENT_RESTARTED)
-        });
-        JobRequest {
-            name: gogrid_api::names::job_key(job),
-            demand,
-            layers,
-            model_uri: validate::canonical(&spec.model.uri),
-            model_sha256: spec.model.sha256.clone(),
-            node_selector: spec.placement.node_selector.clone(),
-            tolerations: spec.placement.tolerations.clone(),
-            cpu_fallback: spec.placement.cpu_fallback,
-            split: spec.placement.split,
-            profile_name: spec.profile_name.clone(),
-            preferred_node: restarted
-                .and_then(|s| s.placement.as_ref())
-                .map(|p| p.node_name.clone()),
-        }
-    }
-
-    fn inspect(
-        &self,
-        job: &InferenceJob,
-        assignments: &[&Assignment],
-        memory: &Memory,
-        world: &World,
-    ) -> Vec<Op> {
-        match plan(world, &Self::request(job, Demand::Fixed(Bytes(0)), 1)) {
-            Decision::Place(planned) => {
-                let last = assignments
-                    .iter()
-                    .filter(|a| a.spec.kind == Kind::Inspect)
-                    .map(|a| order::attempt(a))
-                    .max();
-                let attempt = last.map_or(0, |n| n.saturating_add(1));
-                vec![Op::Create(Box::new(order::inspection(
-                    job,
-                    attempt,
-                    self.term,
-                    &planned.node,
-                    &planned.session,
-                )))]
-            }
-            Decision::Unplaced(unplaced) => self.write(
-                job,
-                memory,
-                Draft::new(job, self.wall).unplaced(&unplaced, 1).done(),
-            ),
         }
     }
 
@@ -374,25 +293,6 @@ impl<'a> Round<'a> {
             .collect()
     }
 
-    /// Before an epoch is raised: each earlier run of a silent node, already told to stop, must still be silent. If it is,
-    /// its agent will find the order to stop before it may wake the worker.
-    fn silence(&self, runs: &[&Assignment]) -> Vec<Op> {
-        let mut ops = BTreeMap::new();
-        if !self.config.layers.observed_change {
-            return vec![];
-        }
-        for run in runs.iter().filter(|run| !over(run)) {
-            let name = names::node_lease(&run.spec.node_name);
-            let lease = self.store.leases.get(&name);
-            let holder = lease.and_then(|l| l.holder.as_deref());
-            if holder.is_none_or(|holder| holder == run.spec.session) {
-                let mark = lease.map(|l| l.mark.clone());
-                ops.insert(name.clone(), Op::EnsureSilent { lease: name, mark });
-            }
-        }
-        ops.into_values().collect()
-    }
-
     pub(crate) fn stop_order(&self, reason: StopReason) -> Stop {
         let seconds = (self.config.timing.checkpoint().0 / 1000).max(1);
         Stop {
@@ -407,93 +307,5 @@ impl<'a> Round<'a> {
             .map(|a| Op::Stop(Box::new(a.clone()), self.stop_order(reason)))
             .into_iter()
             .collect()
-    }
-
-    fn place(&self, world: &mut World, jobs: &[ToPlace<'a>], works: &mut Vec<Work>) {
-        let waiting: Vec<Waiting> = jobs
-            .iter()
-            .map(|p| Waiting {
-                priority: p
-                    .job
-                    .spec
-                    .priority_class_name
-                    .as_ref()
-                    .and_then(|n| self.store.priorities.get(n))
-                    .copied()
-                    .unwrap_or(0),
-                created: p
-                    .job
-                    .metadata
-                    .creation_timestamp
-                    .as_ref()
-                    .map_or(0, |t| t.0.as_second()),
-                name: gogrid_api::names::job_key(p.job),
-            })
-            .collect();
-        let mut position = 0;
-        for index in queue::order(&waiting) {
-            let Some(ToPlace {
-                job,
-                runs,
-                facts,
-                inputs,
-            }) = jobs.get(index)
-            else {
-                continue;
-            };
-            let spec = &job.spec;
-            let demand = match spec.memory.as_ref().and_then(|m| m.vram.bytes().ok()) {
-                Some(bytes) => Demand::Fixed(bytes),
-                None => Demand::Facts {
-                    facts: (*facts).clone(),
-                    context_tokens: spec.context_tokens,
-                    parallel_sequences: spec.parallel_sequences,
-                },
-            };
-            let uid = job.uid().unwrap_or_default();
-            let empty = Memory::default();
-            let draft = Draft::new(job, self.wall);
-            let (ops, claim) = match plan(world, &Self::request(job, demand, facts.layers)) {
-                Decision::Place(planned) => {
-                    world.take(&planned);
-                    let file = spec.model.uri.rsplit('/').next().unwrap_or(&spec.model.uri);
-                    let name = if facts.name.is_empty() { file } else { &facts.name };
-                    let status = draft.place(&planned, self.term, name).done();
-                    let run = order::Run {
-                        session: planned.session.clone(),
-                        parallel_limit: planned.parallel_limit,
-                        inputs: inputs.clone(),
-                        former: runs,
-                    };
-                    let order = order::run(job, &status, run);
-                    let claim = status.placement.as_ref().map(|p| Claim {
-                        node: p.node_name.clone(),
-                        stages: p.stages.clone(),
-                    });
-                    let mut ops = self.silence(runs);
-                    ops.push(Op::WriteStatus(Box::new(status)));
-                    ops.extend(order.map(|o| Op::Create(Box::new(o))));
-                    (ops, claim)
-                }
-                Decision::Unplaced(unplaced) => {
-                    position += 1;
-                    let memory = self.memory.get(&uid).unwrap_or(&empty);
-                    (
-                        self.write(job, memory, draft.unplaced(&unplaced, position).done()),
-                        None,
-                    )
-                }
-            };
-            if !ops.is_empty() {
-                works.push(Work {
-                    uid,
-                    job: Some((*job).clone()),
-                    only_if_gone: None,
-                    step: if claim.is_some() { "Place" } else { "Wait" },
-                    ops,
-                    claim,
-                });
-            }
-        }
     }
 }

@@ -11,8 +11,8 @@ use gogrid_api::job::{Stage, conditions};
 use gogrid_api::node::Health;
 use gogrid_api::version::work_together;
 use gogrid_api::{
-    Assignment, ByteQuantity, Bytes, ConditionStatus, GpuNode, InferenceJob, Millis, ResourceProfile,
-    condition, names,
+    Assignment, ByteQuantity, Bytes, ConditionStatus, GpuNode, GpuNodeStatus, InferenceJob, Millis,
+    ResourceProfile, condition, names,
 };
 use gogrid_planner::liveness::Liveness;
 use gogrid_planner::{Device, Heartbeat, Node, World, WorldError};
@@ -340,7 +340,8 @@ impl Store {
         let name = gpu_node.spec.node_name.clone();
         let (heartbeat, session) = self.heartbeat(now, &name);
         let session = session.unwrap_or_default();
-        let status = gpu_node.status.clone().unwrap_or_default();
+        let none = GpuNodeStatus::default();
+        let status = gpu_node.status.as_ref().unwrap_or(&none);
         let unready =
             condition::find(&status.conditions, "Ready").is_some_and(|c| c.status != ConditionStatus::True);
         let kube_node = self.nodes.get(&name);

@@ -75,36 +75,44 @@ impl Pace {
         self.written = Some((status, now));
     }
 
+    /// Whether the last write was so recent that nothing is worth another one yet.
+    pub fn rests(&self, now: Nanos) -> bool {
+        let written = self.written.as_ref();
+        written.is_some_and(|(_, at)| now < at.saturating_add(nanos(WRITE_EVERY)))
+    }
+
     /// Whether to write this status now. The heartbeat alone is a reason once per batch interval.
     pub fn due(&self, status: &GpuNodeStatus, timing: LeaseTiming, now: Nanos) -> bool {
         let Some((last, at)) = &self.written else {
             return true;
         };
-        if now < at.saturating_add(nanos(WRITE_EVERY)) {
+        if self.rests(now) {
             return false;
         }
+        let GpuNodeStatus {
+            conditions,
+            session,
+            agent_version,
+            devices,
+            enforcement,
+            profiles,
+            models,
+            model_count,
+            heartbeat,
+        } = status;
+        let health =
+            |devices: &[Device]| -> Vec<_> { devices.iter().map(|d| (d.uuid.clone(), d.health)).collect() };
+        let at_once = *conditions != last.conditions
+            || (session, agent_version) != (&last.session, &last.agent_version)
+            || (models, model_count) != (&last.models, &last.model_count)
+            || (last.heartbeat.is_some() && heartbeat.is_none());
         let after = |since: Nanos, every: Millis| now >= since.saturating_add(nanos(every));
-        let memory = last.devices != status.devices;
-        let profiles = last.profiles != status.profiles || last.enforcement != status.enforcement;
-        let heartbeat = last.heartbeat != status.heartbeat;
-        let mut rest = status.clone();
-        rest.devices.clone_from(&last.devices);
-        rest.profiles.clone_from(&last.profiles);
-        rest.enforcement.clone_from(&last.enforcement);
-        rest.heartbeat.clone_from(&last.heartbeat);
-        let health = |s: &GpuNodeStatus| {
-            s.devices
-                .iter()
-                .map(|d| (d.uuid.clone(), d.health))
-                .collect::<Vec<_>>()
-        };
-        let ended = last.heartbeat.is_some() && status.heartbeat.is_none();
-        rest != *last
-            || health(last) != health(status)
-            || ended
-            || (memory && after(self.memory_at, MEMORY_EVERY))
-            || (profiles && after(self.profiles_at, PROFILES_EVERY))
-            || (heartbeat && after(*at, timing.heartbeat_batch()))
+        at_once
+            || (*devices != last.devices
+                && (health(devices) != health(&last.devices) || after(self.memory_at, MEMORY_EVERY)))
+            || ((profiles, enforcement) != (&last.profiles, &last.enforcement)
+                && after(self.profiles_at, PROFILES_EVERY))
+            || (*heartbeat != last.heartbeat && after(*at, timing.heartbeat_batch()))
     }
 }
 

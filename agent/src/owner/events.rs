@@ -22,6 +22,7 @@ const WATCH_AGAIN_NANOS: Nanos = 30_000_000_000;
 impl Owner {
     /// Takes one event in.
     pub(super) fn take(&mut self, event: Event, now: Nanos) {
+        self.node_look_at = 0;
         match event {
             Event::Lease(event) => self.lease(event, now),
             Event::AssignmentsInit => self.listing = Some(BTreeSet::new()),
@@ -73,7 +74,7 @@ impl Owner {
             Event::Saved(name, written) => self.saved(&name, written, now),
             Event::StatusWritten(name, written) => self.status_written(&name, written, now),
             Event::Inspected(name, result) => self.inspected(&name, result, now),
-            Event::Models(models) => self.models = Some(models),
+            Event::Models(models) => self.models_listed(models),
             Event::Devices(Backend::Cpu, devices) => {
                 self.cpu = devices;
                 self.measured(now);

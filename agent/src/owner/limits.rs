@@ -18,6 +18,7 @@ use gogrid_api::names::CPU_DEVICE;
 use gogrid_api::node::ProfileInForce;
 use gogrid_api::{Bytes, effective_profile};
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 /// How long a share lasts; another worker grows into one that shrank only then.
 const SHARE_NANOS: Nanos = 750_000_000;
@@ -31,6 +32,11 @@ const FETCHER: WorkerId = WorkerId::MAX;
 pub(crate) fn first_manners() -> Result<Manners, EffectiveProfileError> {
     let none = BTreeMap::new();
     effective_profile(&[], &none, None).map(|profile| Manners::under(&profile.ceiling, 0))
+}
+
+/// The ceiling where no profile is known or the governing one can't be enforced: the built-in conservative one.
+pub(super) fn built_in() -> Option<Arc<EffectiveProfile>> {
+    effective_profile(&[], &BTreeMap::new(), None).ok().map(Arc::new)
 }
 
 /// What the workers of one device share, in permille of its time.
@@ -49,11 +55,8 @@ impl Owner {
     }
 
     /// The node's own ceiling; the built-in conservative one where the governing profile can't be enforced.
-    pub(super) fn ceiling(&self) -> Option<EffectiveProfile> {
-        let none = BTreeMap::new();
-        self.effective(None)
-            .or_else(|_| effective_profile(&[], &none, None))
-            .ok()
+    pub(super) fn ceiling(&self) -> Option<Arc<EffectiveProfile>> {
+        self.ceiling.clone()
     }
 
     /// Why a job with that profile can't be run here.
@@ -73,6 +76,8 @@ impl Owner {
 
     /// Profiles or labels have changed.
     pub(super) fn profiles_changed(&mut self) {
+        let ceiling = self.effective(None).ok().map(Arc::new);
+        self.ceiling = ceiling.or_else(built_in);
         self.find_obstacles();
         self.set_caps();
         self.push_limits();

@@ -38,8 +38,8 @@ use gogrid_agent_core::shares::Outstanding;
 use gogrid_agent_core::skew::Skew;
 use gogrid_agent_core::vram::Ledger;
 use gogrid_api::GpuNodeStatus;
-use gogrid_api::effective::NamedProfile;
-use gogrid_api::node::{Device, HeldModel, ProfileInForce};
+use gogrid_api::effective::{EffectiveProfile, NamedProfile};
+use gogrid_api::node::{Device, ProfileInForce};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
@@ -49,6 +49,8 @@ use work::Work;
 
 /// How often the loop comes round by itself: shares expire after four of these.
 const TICK_NANOS: Nanos = 250_000_000;
+/// The same while nothing lives here: whatever comes in wakes the loop anyway.
+const IDLE_TICK_NANOS: Nanos = 1_000_000_000;
 /// Events taken before the next plan.
 const BATCH: usize = 256;
 /// Rounds of planning after one batch of events.
@@ -122,6 +124,8 @@ pub(crate) struct Owner {
     ledger: Ledger,
     profiles: Option<Vec<NamedProfile>>,
     labels: Option<BTreeMap<String, String>>,
+    /// The node's own ceiling, kept because it is asked for many times a second.
+    ceiling: Option<Arc<EffectiveProfile>>,
     node_uid: Option<String>,
     in_force: Vec<ProfileInForce>,
     cpu: Vec<Device>,
@@ -135,7 +139,6 @@ pub(crate) struct Owner {
     /// Those that are held and not yet said to be.
     unsaid: Vec<String>,
     skew: Skew,
-    models: Option<Vec<HeldModel>>,
     pool: Option<Pool>,
     strangers: BTreeSet<WorkerId>,
     workers: BTreeMap<WorkerId, String>,
@@ -156,6 +159,7 @@ pub(crate) struct Owner {
     pace: Pace,
     status: GpuNodeStatus,
     node_writing: bool,
+    node_look_at: Nanos,
     node_ensure: bool,
     node_retry_at: Nanos,
     end: Option<End>,
@@ -186,6 +190,7 @@ impl Owner {
             ledger: Ledger::default(),
             profiles: None,
             labels: None,
+            ceiling: limits::built_in(),
             node_uid: None,
             in_force: vec![],
             cpu: vec![],
@@ -195,7 +200,6 @@ impl Owner {
             lent: vec![],
             unsaid: vec![],
             skew: Skew::default(),
-            models: None,
             pool: None,
             strangers: BTreeSet::new(),
             workers: BTreeMap::new(),
@@ -214,6 +218,7 @@ impl Owner {
             pace: Pace::default(),
             status: GpuNodeStatus::default(),
             node_writing: false,
+            node_look_at: 0,
             node_ensure: true,
             node_retry_at: 0,
             end: None,
@@ -222,9 +227,11 @@ impl Owner {
 
     /// Runs until the agent ends.
     pub(crate) async fn run(mut self, mut events: mpsc::Receiver<Event>) -> End {
-        let mut tick = 0;
+        let mut tick: Nanos = 0;
         loop {
             let now = self.tools.host.boottime();
+            let period = self.period();
+            tick = tick.min(now.saturating_add(period));
             let wake = self.wake.take().map_or(tick, |wake| wake.min(tick));
             let sleep = self
                 .tools
@@ -238,7 +245,7 @@ impl Owner {
             self.tools.metrics.looped();
             let now = self.tools.host.boottime();
             if now >= tick {
-                tick = now.saturating_add(TICK_NANOS);
+                tick = now.saturating_add(period);
             }
             self.notice_fence(now);
             if let Some(event) = first {
@@ -264,6 +271,13 @@ impl Owner {
                 return end;
             }
         }
+    }
+
+    /// How long the loop may wait for something to come in.
+    fn period(&self) -> Nanos {
+        let waits = |name: &String| self.jobs.get(name).is_none_or(|job| job.phase != Phase::Over);
+        let idle = self.shutdown.is_none() && !self.jobs.keys().chain(self.orders.keys()).any(waits);
+        if idle { IDLE_TICK_NANOS } else { TICK_NANOS }
     }
 
     fn context(&self, now: Nanos) -> Context<'_> {

@@ -10,11 +10,13 @@ use gogrid_agent_core::report::bucketed_devices;
 use gogrid_agent_core::session::{Nanos, Standing};
 use gogrid_api::condition::{self, set_condition};
 use gogrid_api::names::node_lease;
-use gogrid_api::node::{Heartbeat, RunningProgress};
+use gogrid_api::node::{Heartbeat, HeldModel, RunningProgress};
 use gogrid_api::{Condition, ConditionStatus, GpuNodeStatus};
 use std::collections::BTreeMap;
 
 const RETRY_NANOS: Nanos = 1_000_000_000;
+/// How often the status is looked at while nothing happens: time alone changes little of it.
+const LOOK_NANOS: Nanos = 1_000_000_000;
 const READY: &str = "Ready";
 const ENDING: &str = "Ending";
 
@@ -29,6 +31,11 @@ impl Owner {
             self.labels = Some(labels);
             self.profiles_changed();
         }
+    }
+
+    pub(super) fn models_listed(&mut self, models: Vec<HeldModel>) {
+        self.status.model_count = models.len().to_string();
+        self.status.models = models;
     }
 
     pub(super) fn node_written(&mut self, status: GpuNodeStatus, result: Result<(), String>, now: Nanos) {
@@ -62,13 +69,19 @@ impl Owner {
             && self.labels.is_some()
             && !self.cpu.is_empty()
             && self.driver.is_some()
-            && self.guest.settled();
+            && self.guest.settled()
+            // Written once the models were listed, be they none.
+            && !self.status.model_count.is_empty();
         let held = self.renewals.standing(now) == Standing::Held;
-        if self.node_writing || !known || !held || self.models.is_none() || now < self.node_retry_at {
+        if self.node_writing || !known || !held || now < self.node_retry_at {
             return;
         }
-        self.refresh(now);
         let untold = self.shutdown.is_some_and(|s| !s.said);
+        if !untold && (now < self.node_look_at || self.pace.rests(now)) {
+            return;
+        }
+        self.node_look_at = now.saturating_add(LOOK_NANOS);
+        self.refresh(now);
         if !untold && !self.pace.due(&self.status, self.tools.config.timing, now) {
             return;
         }
@@ -89,15 +102,19 @@ impl Owner {
     }
 
     fn refresh(&mut self, now: Nanos) {
-        let written = self.pace.last().map(|s| s.devices.clone()).unwrap_or_default();
-        let devices = bucketed_devices(&written, self.devices());
-        let models = self.models.clone().unwrap_or_default();
+        let written = self.pace.last().map_or(&[][..], |last| &last.devices);
+        let devices = bucketed_devices(written, self.devices());
         // While an edit is on its way, the rows stay as they were: they change once, together with the profile.
         let enforcement = match self.pace.last() {
             Some(last) if self.limits_pending() => last.enforcement.clone(),
             Some(_) | None => self.enforcement(),
         };
-        let mut conditions = std::mem::take(&mut self.status.conditions);
+        let GpuNodeStatus {
+            mut conditions,
+            models,
+            model_count,
+            ..
+        } = std::mem::take(&mut self.status);
         set_condition(&mut conditions, self.ready());
         for condition in self.surroundings(now) {
             set_condition(&mut conditions, condition);
@@ -109,8 +126,8 @@ impl Owner {
             devices,
             enforcement,
             profiles: self.in_force.clone(),
-            model_count: models.len().to_string(),
             models,
+            model_count,
             heartbeat: self.heartbeat(now),
         };
     }
