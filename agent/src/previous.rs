@@ -1,7 +1,8 @@
 //! Processes of this agent, written down so that the next session can make sure they are gone.
 //!
-//! Owns: the record in the state directory, and ending what it names. A process id alone proves nothing: its start
-//! time must match. Must not end anything else.
+//! Owns: the record in the state directory, and ending what it names and what that leads: a pool leads its workers, and one
+//! that it has started a moment ago may not be in the record yet. A process id alone proves nothing: its start time must
+//! match. Must not end anything else.
 
 use gogrid_agent_core::session::Session;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -65,15 +66,39 @@ pub(crate) enum PreviousError {
     },
 }
 
-/// Start time of a process in clock ticks since boot, if it is there and no zombie.
-fn start_time(pid: i32) -> Option<u64> {
+/// A process's leader, and its start time in clock ticks since boot, if it is there and no zombie.
+fn led_since(pid: i32) -> Option<(i32, u64)> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
-    if fields.next() == Some("Z") {
-        None
-    } else {
-        fields.nth(18)?.parse().ok()
+    let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_ascii_whitespace().collect();
+    let leader = fields.get(3)?.parse().ok()?;
+    let start = fields.get(19)?.parse().ok()?;
+    (fields.first() != Some(&"Z")).then_some((leader, start))
+}
+
+fn start_time(pid: i32) -> Option<u64> {
+    led_since(pid).map(|(_, start)| start)
+}
+
+/// The others of the session that it leads or led.
+fn led_by(leader: Process) -> io::Result<Vec<Process>> {
+    // Its number is given to nobody else as long as one of them is there.
+    if start_time(leader.pid).is_some_and(|start| start != leader.start) {
+        return Ok(vec![]);
     }
+    let mut led = vec![];
+    for entry in fs::read_dir("/proc")? {
+        let pid = entry?.file_name().to_str().and_then(|name| name.parse().ok());
+        let Some(pid) = pid.filter(|pid| *pid != leader.pid) else {
+            continue;
+        };
+        if let Some((by, start)) = led_since(pid)
+            && by == leader.pid
+            && start >= leader.start
+        {
+            led.push(Process { pid, start });
+        }
+    }
+    Ok(led)
 }
 
 /// Waits until no other agent uses the state directory, and keeps others out for as long as the file is open: an agent
@@ -125,7 +150,7 @@ impl Processes {
             former.extend(Some(old.session).filter(|session| !session.is_empty()));
             former.drain(..former.len().saturating_sub(MOST_FORMER));
             for process in old.processes {
-                ended += usize::from(end(process)?);
+                ended += end_with_led(process)?;
             }
         }
         let record = Self {
@@ -156,11 +181,13 @@ impl Processes {
         self.write()
     }
 
-    /// Ends all of this session's processes: the pool is gone, so must its workers be.
+    /// Ends all of this session's processes: the pool is gone, so must its workers be. Those that don't end stay in the
+    /// record.
     pub(crate) fn end_all(&mut self) -> Result<(), PreviousError> {
-        for process in std::mem::take(&mut self.listed.processes) {
-            end(process)?;
+        for process in &self.listed.processes {
+            end_with_led(*process)?;
         }
+        self.listed.processes.clear();
         self.write().map_err(|source| PreviousError::Record {
             path: self.path.clone(),
             source,
@@ -174,6 +201,17 @@ impl Processes {
         file.sync_all()?;
         fs::rename(next, &self.path)
     }
+}
+
+/// Returns how many there were.
+fn end_with_led(process: Process) -> Result<usize, PreviousError> {
+    let mut ended = usize::from(end(process)?);
+    let pid = process.pid;
+    let led = led_by(process).map_err(|source| PreviousError::Call { pid, source })?;
+    for process in led {
+        ended += usize::from(end(process)?);
+    }
+    Ok(ended)
 }
 
 fn end(Process { pid, start }: Process) -> Result<bool, PreviousError> {
@@ -227,6 +265,24 @@ mod tests {
         let (_, ended, former) = Processes::take_over(dir.path(), &Session::new("boot", "new")).unwrap();
         assert_eq!((ended, former), (1, vec!["boot/old".to_owned()]));
         assert!(!child.wait().unwrap().success());
+    }
+
+    #[test]
+    fn what_a_recorded_process_had_started_is_ended_though_it_is_in_no_record_and_its_leader_is_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut leader = std::process::Command::new("setsid")
+            .args(["sh", "-c", "sleep 600 & echo; exec sleep 600"])
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        io::Read::read_exact(leader.stdout.as_mut().unwrap(), &mut [0]).unwrap();
+        let (mut record, ..) = Processes::take_over(dir.path(), &Session::new("boot", "old")).unwrap();
+        record.add(leader.id()).unwrap();
+        leader.kill().unwrap();
+        leader.wait().unwrap();
+        let next = |instance| Processes::take_over(dir.path(), &Session::new("boot", instance));
+        assert_eq!(next("next").unwrap().1, 1);
+        assert_eq!(next("last").unwrap().1, 0);
     }
 
     #[test]

@@ -34,11 +34,14 @@ pub(crate) fn start(
     std::thread::Builder::new().name("spawner".into()).spawn(move || {
         loop {
             run(&pool, &processes);
-            let gone = processes.lock().unwrap_or_else(PoisonError::into_inner).end_all();
-            match gone {
-                Ok(()) => hub.send_blocking(Event::PoolEnded),
-                Err(error) => tracing::error!(%error, "workers of the ended pool may still run"),
+            // No pool beside a worker of the one before.
+            loop {
+                let gone = processes.lock().unwrap_or_else(PoisonError::into_inner).end_all();
+                let Err(error) = gone else { break };
+                tracing::error!(%error, "workers of the ended pool may still run: trying again");
+                std::thread::park_timeout(PAUSE);
             }
+            hub.send_blocking(Event::PoolEnded);
             std::thread::park_timeout(PAUSE);
         }
     })
