@@ -9,6 +9,7 @@ pub mod clock;
 pub mod config;
 mod events;
 pub mod gate;
+mod guarded;
 mod housing;
 mod inputs;
 mod leader;

@@ -4,6 +4,7 @@
 //! owner. Must not: keep state or decide anything.
 
 use crate::clock::Host;
+use crate::guarded::Guarded;
 use crate::metrics::Metrics;
 use futures::StreamExt as _;
 use gogrid_api::job::TaintEffect;
@@ -14,7 +15,6 @@ use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::Node;
 use k8s_openapi::api::scheduling::v1::PriorityClass;
 use kube::api::Api;
-use kube::core::DeserializeGuard;
 use kube::runtime::watcher;
 use kube::{Client, Resource, ResourceExt as _};
 use serde::de::DeserializeOwned;
@@ -143,7 +143,7 @@ pub(crate) fn start(
 
 fn spawn<K, T>(
     host: &Arc<dyn Host>,
-    api: Api<DeserializeGuard<K>>,
+    api: Api<Guarded<K>>,
     convert: fn(K) -> T,
     wrap: fn(Change<T>) -> Observation,
     tx: &mpsc::Sender<Observation>,
@@ -155,7 +155,7 @@ fn spawn<K, T>(
     let (tx, metrics, machine) = (tx.clone(), metrics.clone(), Arc::clone(host));
     host.spawn(Box::pin(async move {
         let kind = K::kind(&()).into_owned();
-        let read = |guarded: DeserializeGuard<K>| match guarded.0 {
+        let read = |guarded: Guarded<K>| match guarded.0 {
             Ok(object) => Some(convert(object)),
             Err(invalid) => {
                 metrics.malformed.with_label_values(&[&kind]).inc();

@@ -22,7 +22,7 @@ const WATCH_AGAIN_NANOS: Nanos = 30_000_000_000;
 impl Owner {
     /// Takes one event in.
     pub(super) fn take(&mut self, event: Event, now: Nanos) {
-        self.node_look_at = 0;
+        self.stir_node(&event);
         match event {
             Event::Lease(event) => self.lease(event, now),
             Event::AssignmentsInit => self.listing = Some(BTreeSet::new()),

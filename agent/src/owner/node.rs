@@ -6,6 +6,7 @@ use super::Owner;
 use crate::clock::wall_seconds;
 use crate::event::Event;
 use gogrid_agent_core::plan::Phase;
+use gogrid_agent_core::protocol::FromWorker;
 use gogrid_agent_core::report::bucketed_devices;
 use gogrid_agent_core::session::{Nanos, Standing};
 use gogrid_api::condition::{self, set_condition};
@@ -30,6 +31,20 @@ impl Owner {
         if self.labels.as_ref() != Some(&labels) {
             self.labels = Some(labels);
             self.profiles_changed();
+        }
+    }
+
+    /// Most events may show in the status at once; what workers answer shows with the next batch.
+    pub(super) fn stir_node(&mut self, event: &Event) {
+        let answers = matches!(
+            event,
+            Event::FromWorker {
+                message: FromWorker::Started { .. } | FromWorker::Result(_) | FromWorker::Usage(_),
+                ..
+            }
+        );
+        if !answers {
+            self.node_look_at = 0;
         }
     }
 
