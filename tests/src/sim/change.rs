@@ -5,6 +5,7 @@
 use super::kind::Place;
 use super::store::{Refusal, refuse};
 use serde_json::{Map, Value, json};
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 
 /// Whether a write names no version.
@@ -127,13 +128,23 @@ pub(super) fn prune(value: &mut Value) {
 /// Fields of metadata that nobody owns.
 const NAMES: [&str; 4] = ["name", "namespace", "uid", "resourceVersion"];
 
+/// Whether a field can be owned by who applies the half of an object that it is in.
+fn ownable(at: &str, field: &str, status: bool) -> bool {
+    match at {
+        "" => !matches!(field, "apiVersion" | "kind") && (field == "status") == status,
+        "/metadata" => !NAMES.contains(&field),
+        _ => true,
+    }
+}
+
 /// Pointers to everything that an applied object says, lists being one thing each.
 pub(super) fn leaves(wanted: &Value, status: bool) -> BTreeSet<String> {
-    fn walk(fields: &Map<String, Value>, at: &str, found: &mut BTreeSet<String>) {
-        for (field, value) in fields.iter().filter(|(_, value)| !value.is_null()) {
-            let at = format!("{at}/{}", field.replace('~', "~0").replace('/', "~1"));
+    fn walk(fields: &Map<String, Value>, at: &str, status: bool, found: &mut BTreeSet<String>) {
+        let said = fields.iter().filter(|(_, value)| !value.is_null());
+        for (field, value) in said.filter(|(field, _)| ownable(at, field, status)) {
+            let at = format!("{at}/{}", escaped(field));
             match value {
-                Value::Object(inner) if !inner.is_empty() => walk(inner, &at, found),
+                Value::Object(inner) if !inner.is_empty() => walk(inner, &at, status, found),
                 _ => {
                     found.insert(at);
                 }
@@ -141,32 +152,28 @@ pub(super) fn leaves(wanted: &Value, status: bool) -> BTreeSet<String> {
         }
     }
     let mut found = BTreeSet::new();
-    let mut object = wanted.clone();
-    if let Some(fields) = object.as_object_mut() {
-        fields.remove("apiVersion");
-        fields.remove("kind");
-        if let Some(metadata) = fields.get_mut("metadata").and_then(Value::as_object_mut) {
-            metadata.retain(|field, _| !NAMES.contains(&field.as_str()));
-            if metadata.is_empty() {
-                fields.remove("metadata");
-            }
-        }
-        if status {
-            fields.retain(|field, _| field == "status");
-        } else {
-            fields.remove("status");
-        }
-        walk(fields, "", &mut found);
+    if let Some(fields) = wanted.as_object() {
+        walk(fields, "", status, &mut found);
     }
     found
 }
 
-pub(super) fn parts(pointer: &str) -> Vec<String> {
-    pointer
-        .split('/')
-        .skip(1)
-        .map(|part| part.replace("~1", "/").replace("~0", "~"))
-        .collect()
+fn escaped(field: &str) -> Cow<'_, str> {
+    if field.contains(['~', '/']) {
+        field.replace('~', "~0").replace('/', "~1").into()
+    } else {
+        field.into()
+    }
+}
+
+fn parts(pointer: &str) -> impl Iterator<Item = Cow<'_, str>> {
+    pointer.split('/').skip(1).map(|part| {
+        if part.contains('~') {
+            part.replace("~1", "/").replace("~0", "~").into()
+        } else {
+            part.into()
+        }
+    })
 }
 
 pub(super) fn put_in(object: &mut Value, pointer: &str, value: Value) {
@@ -175,25 +182,25 @@ pub(super) fn put_in(object: &mut Value, pointer: &str, value: Value) {
         if !at.is_object() {
             *at = json!({});
         }
-        at = &mut at[part.as_str()];
+        at = &mut at[&*part];
     }
     *at = value;
 }
 
 /// Removes a field, and whatever is left empty by that.
 pub(super) fn take_out(object: &mut Value, pointer: &str) {
-    fn descend(at: &mut Value, path: &[String]) {
+    fn descend(at: &mut Value, path: &[Cow<'_, str>]) {
         let (Some(fields), Some((first, rest))) = (at.as_object_mut(), path.split_first()) else {
             return;
         };
         if rest.is_empty() {
-            fields.remove(first);
-        } else if let Some(inner) = fields.get_mut(first) {
+            fields.remove(&**first);
+        } else if let Some(inner) = fields.get_mut(&**first) {
             descend(inner, rest);
             if inner.as_object().is_some_and(Map::is_empty) {
-                fields.remove(first);
+                fields.remove(&**first);
             }
         }
     }
-    descend(object, &parts(pointer));
+    descend(object, &parts(pointer).collect::<Vec<_>>());
 }

@@ -36,15 +36,16 @@ pub struct Feed {
 }
 
 impl Feed {
-    /// Puts an event on its way.
-    pub(super) fn push(&self, now: Nanos, change: &Change, frame: &Bytes) {
-        if change.kind != self.kind
-            || !self
+    /// Whether a change is told here.
+    pub(super) fn wants(&self, change: &Change) -> bool {
+        change.kind == self.kind
+            && self
                 .selector
                 .takes(&change.object.namespace, &change.object.value)
-        {
-            return;
-        }
+    }
+
+    /// Puts an event on its way.
+    pub(super) fn push(&self, now: Nanos, change: &Change, frame: &Bytes) {
         let way = self.link.event(now);
         let waker = {
             let mut frames = lock(&self.frames);

@@ -39,7 +39,8 @@ fn stays(old: &Value, new: &Value, pointer: &str) -> bool {
 fn job(old: &Value, new: &Value) -> Option<&'static str> {
     let (before, after) = (number(old, "/status/epoch"), number(new, "/status/epoch"));
     let raised = after == before + 1;
-    let spec = |field: &&str| stays(old, new, &format!("/spec/{field}"));
+    let same = old.get("spec") == new.get("spec");
+    let kept = |field: &&str| stays(old, new, &format!("/spec/{field}"));
     let suspended = old.pointer("/spec/suspend").and_then(Value::as_bool) == Some(true);
     if after != before && !raised {
         Some("status.epoch must stay or grow by exactly 1")
@@ -47,34 +48,31 @@ fn job(old: &Value, new: &Value) -> Option<&'static str> {
         Some("status.placement must change only together with status.epoch + 1")
     } else if number(new, "/status/term") < number(old, "/status/term") {
         Some("status.term must never fall")
-    } else if before > 0 && !FROZEN.iter().all(spec) {
+    } else if before > 0 && !same && !FROZEN.iter().all(kept) {
         Some("spec must not change once the job was placed")
-    } else if before > 0 && !suspended && !FROZEN_UNLESS_SUSPENDED.iter().all(spec) {
+    } else if before > 0 && !same && !suspended && !FROZEN_UNLESS_SUSPENDED.iter().all(kept) {
         Some("spec.placement.nodeSelector and tolerations must not change once the job was placed")
     } else {
         None
     }
 }
 
+/// Whether anything but the stop differs from what the other spec says.
+fn differs(one: &Value, other: &Value) -> bool {
+    let fields = one.get("spec").and_then(Value::as_object).into_iter().flatten();
+    let said = |field: &str| other.get("spec").and_then(|spec| spec.get(field));
+    fields
+        .filter(|(field, _)| *field != "stop")
+        .any(|(field, value)| said(field) != Some(value))
+}
+
 fn assignment(old: &Value, new: &Value) -> Option<&'static str> {
-    let without_stop = |object: &Value| {
-        let mut spec = object.get("spec").cloned().unwrap_or_default();
-        if let Some(fields) = spec.as_object_mut() {
-            fields.remove("stop");
-        }
-        spec
-    };
-    let state = |object: &Value| {
-        object
-            .pointer("/status/state")
-            .and_then(Value::as_str)
-            .map(str::to_owned)
-    };
+    fn state(object: &Value) -> Option<&str> {
+        object.pointer("/status/state").and_then(Value::as_str)
+    }
     let before = state(old);
-    let over = before
-        .as_deref()
-        .is_some_and(|s| ["Stopped", "Succeeded", "Failed"].contains(&s));
-    if without_stop(old) != without_stop(new) {
+    let over = before.is_some_and(|s| ["Stopped", "Succeeded", "Failed"].contains(&s));
+    if differs(old, new) || differs(new, old) {
         Some("spec must not change, except that stop may be set once")
     } else if old.pointer("/spec/stop").is_some() && !stays(old, new, "/spec/stop") {
         Some("spec.stop must not change once set")

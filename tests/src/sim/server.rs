@@ -182,10 +182,12 @@ impl Server {
                     change: &change,
                 });
             }
-            let text = frame(&change);
             inner.watchers.retain(|feed| feed.strong_count() > 0);
-            for feed in inner.watchers.iter().filter_map(Weak::upgrade) {
-                feed.push(now, &change, &text);
+            let watchers = inner.watchers.iter().filter_map(Weak::upgrade);
+            let mut wanted = watchers.filter(|feed| feed.wants(&change)).peekable();
+            if wanted.peek().is_some() {
+                let text = frame(&change);
+                wanted.for_each(|feed| feed.push(now, &change, &text));
             }
             if change.what == What::Deleted && matches!(change.kind, Kind::Job | Kind::Assignment) {
                 self.collect(change.object.text_at("/metadata/uid").to_owned());
@@ -340,7 +342,7 @@ impl Server {
                 dropped: false,
             }),
         });
-        for change in inner.store.after(from) {
+        for change in inner.store.after(from).filter(|change| feed.wants(change)) {
             feed.push(now, change, &frame(change));
         }
         inner.watchers.push(Arc::downgrade(&feed));

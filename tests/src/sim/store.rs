@@ -31,7 +31,8 @@ impl Stored {
     fn new(namespace: &str, value: Value, version: u64) -> Arc<Self> {
         Arc::new(Self {
             namespace: namespace.to_owned(),
-            text: Bytes::from(value.to_string()),
+            // What is JSON can be written as such.
+            text: Bytes::from(serde_json::to_vec(&value).unwrap_or_default()),
             value,
             version,
         })
@@ -265,8 +266,7 @@ impl Store {
             (verb, Some(old)) => (verb, old),
         };
         let (verb, old) = old;
-        let owned = self.owned.get(&key).cloned();
-        let new = match verb {
+        match verb {
             Verb::Delete { uid, version } => {
                 let differs = |pointer: &str, wanted: Option<String>| {
                     wanted.is_some_and(|wanted| old.text_at(pointer) != wanted)
@@ -274,7 +274,7 @@ impl Store {
                 if differs("/metadata/uid", uid) || differs("/metadata/resourceVersion", version) {
                     return Err(refuse(409, "Conflict", format!("{name} is another one now")));
                 }
-                return Ok(self.remove(&key, &old));
+                Ok(self.remove(&key, &old))
             }
             Verb::Replace(object) => {
                 if unconditional(&object) && place.kind != Kind::ConfigMap {
@@ -284,22 +284,27 @@ impl Store {
                         "metadata.resourceVersion must be specified for an update",
                     ));
                 }
-                replaced(place, &old.value, object)?
+                let new = replaced(place, &old.value, object)?;
+                self.update(place.kind, key, &old, new)
             }
-            Verb::Merge(patch) => merged(place, &old.value, &patch)?,
+            Verb::Merge(patch) => {
+                let new = merged(place, &old.value, &patch)?;
+                self.update(place.kind, key, &old, new)
+            }
             Verb::Apply {
                 wanted,
                 manager,
                 force,
-            } => self.applied(place, &key, &old.value, &wanted, &manager, force)?,
-            Verb::Get | Verb::Create(_) => return Ok(old),
-        };
-        let done = self.update(place.kind, key.clone(), &old, new);
-        if done.is_err() {
-            // A refused write makes nobody the owner of anything.
-            self.owned.insert(key, owned.unwrap_or_default());
+            } => {
+                let mut owned = self.owned.get(&key).cloned().unwrap_or_default();
+                let new = applied(place, &mut owned, &old.value, &wanted, &manager, force)?;
+                let done = self.update(place.kind, key.clone(), &old, new)?;
+                // A refused write makes nobody the owner of anything.
+                self.owned.insert(key, owned);
+                Ok(done)
+            }
+            Verb::Get | Verb::Create(_) => Ok(old),
         }
-        done
     }
 
     fn name_of(&mut self, object: &Value) -> String {
@@ -387,51 +392,46 @@ impl Store {
         self.note(kind, What::Modified, Arc::clone(&stored));
         Ok(stored)
     }
+}
 
-    fn applied(
-        &mut self,
-        place: &Place,
-        key: &Key,
-        old: &Value,
-        wanted: &Value,
-        manager: &str,
-        force: bool,
-    ) -> Result<Value, Refusal> {
-        same_object(old, wanted)?;
-        let mut new = old.clone();
-        let now = leaves(wanted, place.status);
-        let owned = self.owned.entry(key.clone()).or_default();
-        // Spec and status are owned apart.
-        let manager = format!("{manager}{}", if place.status { "/status" } else { "" });
-        let before = owned.get(&manager).cloned().unwrap_or_default();
-        for (other, theirs) in owned.iter().filter(|(other, _)| **other != manager) {
-            let taken = theirs
-                .iter()
-                .find(|leaf| now.contains(*leaf) && wanted.pointer(leaf) != old.pointer(leaf));
-            if let Some(leaf) = taken.filter(|_| !force) {
-                return Err(refuse(409, "Conflict", format!("{leaf} belongs to {other}")));
-            }
+/// What an apply makes of an object, and of who owns what of it.
+fn applied(
+    place: &Place,
+    owned: &mut Owned,
+    old: &Value,
+    wanted: &Value,
+    manager: &str,
+    force: bool,
+) -> Result<Value, Refusal> {
+    same_object(old, wanted)?;
+    let mut new = old.clone();
+    let now = leaves(wanted, place.status);
+    // Spec and status are owned apart.
+    let manager = format!("{manager}{}", if place.status { "/status" } else { "" });
+    let before = owned.remove(&manager).unwrap_or_default();
+    for (other, theirs) in owned.iter() {
+        let taken = theirs
+            .iter()
+            .find(|leaf| now.contains(*leaf) && wanted.pointer(leaf) != old.pointer(leaf));
+        if let Some(leaf) = taken.filter(|_| !force) {
+            return Err(refuse(409, "Conflict", format!("{leaf} belongs to {other}")));
         }
-        if force {
-            for (other, theirs) in owned.iter_mut().filter(|(other, _)| **other != manager) {
-                let _ = other;
-                theirs.retain(|leaf| !now.contains(leaf) || wanted.pointer(leaf) == old.pointer(leaf));
-            }
-        }
-        for leaf in before.difference(&now) {
-            let others = owned
-                .iter()
-                .any(|(other, theirs)| *other != manager && theirs.contains(leaf));
-            if !others {
-                take_out(&mut new, leaf);
-            }
-        }
-        for leaf in &now {
-            if let Some(value) = wanted.pointer(leaf) {
-                put_in(&mut new, leaf, value.clone());
-            }
-        }
-        owned.insert(manager, now);
-        Ok(new)
     }
+    if force {
+        for theirs in owned.values_mut() {
+            theirs.retain(|leaf| !now.contains(leaf) || wanted.pointer(leaf) == old.pointer(leaf));
+        }
+    }
+    for leaf in before.difference(&now) {
+        if !owned.values().any(|theirs| theirs.contains(leaf)) {
+            take_out(&mut new, leaf);
+        }
+    }
+    for leaf in &now {
+        if let Some(value) = wanted.pointer(leaf) {
+            put_in(&mut new, leaf, value.clone());
+        }
+    }
+    owned.insert(manager, now);
+    Ok(new)
 }
