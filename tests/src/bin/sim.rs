@@ -6,6 +6,10 @@ use gogrid_tests::sim::Without;
 use gogrid_tests::sim::report::{Report, sweep};
 use gogrid_tests::sim::run::{Setup, run};
 
+/// A seed is a million small texts and trees: the C library's allocator would take a quarter of its time.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Simulates whole clusters under faults: the real operators and agents on modelled machines, server and workers.
 #[derive(Parser)]
 struct Flags {
