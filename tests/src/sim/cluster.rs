@@ -10,6 +10,7 @@ use super::pool::{Ailments, SimulatedModels, USER, Yard, serve};
 use super::rng::Rng;
 use super::server::{Sender, Server};
 use super::store::Verb;
+use super::storm::{MOST_DRIFT, drift};
 use super::time::{Machine, Process, SECOND, Time, lock};
 use super::truth::Truth;
 use clap::{Args as _, Command, FromArgMatches as _};
@@ -84,6 +85,8 @@ pub struct Control {
     pub machine: Machine,
     /// It, while it lives.
     pub life: Option<Life>,
+    /// It stands still until another one leads.
+    pub until_followed: bool,
     pub(super) stop: Option<watch::Sender<bool>>,
     pub(super) lives: u32,
     pub(super) rng: Rng,
@@ -149,9 +152,12 @@ impl Cluster {
             facts: facts()?,
         };
         cluster.furnish(nodes)?;
+        // Every fourth time all clocks are as wrong as they may be, in the way that is worst for a lease.
+        let worst = rng.permille(250);
         for number in 0..nodes {
             let name = format!("node-{number}");
-            let machine = Machine::new(time.clone(), rng.between(10, 9_000) * SECOND, drift(rng));
+            let slow = if worst { -MOST_DRIFT } else { drift(rng) };
+            let machine = Machine::new(time.clone(), rng.between(10, 9_000) * SECOND, slow);
             let yard = Yard {
                 node: name.clone(),
                 machine: machine.clone(),
@@ -187,9 +193,11 @@ impl Cluster {
             });
         }
         for _ in 0..operators {
+            let fast = if worst { MOST_DRIFT } else { drift(rng) };
             cluster.operators.push(Control {
-                machine: Machine::new(time.clone(), rng.between(10, 9_000) * SECOND, drift(rng)),
+                machine: Machine::new(time.clone(), rng.between(10, 9_000) * SECOND, fast),
                 life: None,
+                until_followed: false,
                 stop: None,
                 lives: 0,
                 rng: rng.split(),
@@ -458,11 +466,6 @@ impl Cluster {
             life.link.hold(frozen);
         }
     }
-}
-
-/// Parts per million that a clock within the contract is off: at most one in a hundred.
-fn drift(rng: &mut Rng) -> i64 {
-    i64::try_from(rng.between(0, 20_000)).unwrap_or(0) - 10_000
 }
 
 /// What an agent is told of its devices and models.

@@ -61,13 +61,14 @@ impl Without {
     /// Faults that the layer is for: they strike more often without it, and for long.
     pub fn favours(self) -> &'static [Fault] {
         match self {
-            Self::SelfFence | Self::Epoch | Self::DriftMargin => &[Fault::AgentPartition],
+            Self::SelfFence | Self::Epoch => &[Fault::AgentPartition],
+            Self::DriftMargin => &[Fault::AgentPartition, Fault::Drift],
             Self::ObservedChange => &[
                 Fault::OperatorPartition,
                 Fault::OperatorPause,
                 Fault::WatchTrouble,
             ],
-            Self::LeaderGate => &[Fault::OperatorPause],
+            Self::LeaderGate => &[Fault::OperatorOvertaken],
             Self::Session => &[Fault::AgentTwin],
         }
     }

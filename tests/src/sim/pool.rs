@@ -291,7 +291,10 @@ impl SimulatedModels {
     }
 
     fn fetch(&self) -> BoxFuture<'static, Result<(), Failure>> {
-        let (yard, extra) = (self.yard.clone(), lock(&self.rng).between(50 * MILLI, 3 * SECOND));
+        let (yard, extra) = (
+            self.yard.clone(),
+            lock(&self.rng).mostly_short(5 * MILLI, 3 * SECOND),
+        );
         Box::pin(async move {
             let Ailments {
                 slow_disk, full_disk, ..

@@ -46,6 +46,9 @@ impl Report {
         for (fault, count) in &outcome.faults {
             *sum.faults.entry(*fault).or_default() += count;
         }
+        for (step, count) in &outcome.steps {
+            *sum.steps.entry(*step).or_default() += count;
+        }
         for (cell, count) in &outcome.table {
             *sum.table.entry(*cell).or_default() += count;
         }
@@ -93,6 +96,11 @@ impl Report {
             .iter()
             .map(|f| (format!("{f:?}"), json!(count(f))))
             .collect();
+        let taken = |step: &Step| self.sum.steps.get(step).copied().unwrap_or(0);
+        let steps: Map<String, Value> = STEPS
+            .iter()
+            .map(|s| (format!("{s:?}"), json!(taken(s))))
+            .collect();
         let row = |fault: &Fault| -> Map<String, Value> {
             STEPS
                 .iter()
@@ -111,11 +119,13 @@ impl Report {
             "events": self.sum.events,
             "requests": self.sum.requests,
             "faults": faults,
+            "steps": steps,
             "overlapOutsideContractMillis": self.sum.overlap_outside_millis,
             "longestSettlingSeconds": self.sum.settled / SECOND,
             "violations": violations,
             "seconds": seconds,
             "faultsByStep": table,
+            "leastFaultsByStep": self.least_cell(),
         });
         for (name, value) in self.counters() {
             whole[name] = json!(value);

@@ -38,6 +38,16 @@ impl Rng {
         usize::try_from(self.number() % length).unwrap_or(0)
     }
 
+    /// From `least` to `most`, as often as not within the first sixteenth: how long things take that are mostly at hand.
+    pub fn mostly_short(&mut self, least: u64, most: u64) -> u64 {
+        let usual = least + most.saturating_sub(least) / 16;
+        if self.permille(500) {
+            self.between(least, usual)
+        } else {
+            self.between(least, most)
+        }
+    }
+
     /// True that often in a thousand.
     pub fn permille(&mut self, chance: u64) -> bool {
         self.number() % 1000 < chance

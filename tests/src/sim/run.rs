@@ -20,7 +20,7 @@ pub const SHORTEST: Nanos = 15 * 60 * SECOND;
 /// How long after the last fault every job must be over.
 pub const BOUND: Nanos = 15 * 60 * SECOND;
 /// How long a fault waits for its step.
-const PATIENCE: Nanos = 40 * SECOND;
+const PATIENCE: Nanos = 60 * SECOND;
 
 /// What is simulated.
 #[derive(Clone, Copy, Debug)]
@@ -50,6 +50,8 @@ pub struct Outcome {
     pub requests: u64,
     /// Faults by kind.
     pub faults: BTreeMap<Fault, u64>,
+    /// Steps of the protocol that were taken.
+    pub steps: BTreeMap<Step, u64>,
     /// Faults by kind and the step at which they struck.
     pub table: BTreeMap<(Fault, Step), u64>,
     /// Milliseconds in which two workers computed for one job, clocks being within the contract.
@@ -150,6 +152,7 @@ impl Director {
             settle().await;
             let now = self.cluster.time.now();
             self.match_steps();
+            self.wake_the_overtaken();
             while let Some((_, job, wish)) = wishes.next_if(|(at, ..)| *at <= now) {
                 self.grant(job, wish)?;
             }
@@ -218,6 +221,7 @@ impl Director {
     fn match_steps(&mut self) {
         let steps = std::mem::take(&mut lock(&self.findings).steps);
         for Seen { step, node } in steps {
+            *self.outcome.steps.entry(step).or_default() += 1;
             if let Some(at) = self.armed.iter().position(|planned| planned.step == step) {
                 let planned = self.armed.remove(at);
                 *self.outcome.table.entry((planned.fault, step)).or_default() += 1;
@@ -259,12 +263,24 @@ impl Director {
             let (planned, victims) = entry.remove();
             self.say(&format!("fault: {planned:?} on {victims:?}"));
             *self.outcome.faults.entry(planned.fault).or_default() += 1;
-            for (at, undo) in storm::strike(&mut self.cluster, &mut self.rng, &planned, victims)? {
-                self.numbers += 1;
-                self.undos.insert((at, self.numbers), undo);
-            }
+            let undos = storm::strike(&mut self.cluster, &mut self.rng, &planned, victims)?;
+            self.undo_at(undos);
         }
         Ok(())
+    }
+
+    fn undo_at(&mut self, undos: impl IntoIterator<Item = (Nanos, Undo)>) {
+        for (at, undo) in undos {
+            self.numbers += 1;
+            self.undos.insert((at, self.numbers), undo);
+        }
+    }
+
+    fn wake_the_overtaken(&mut self) {
+        if std::mem::take(&mut lock(&self.findings).followed) {
+            let undos = storm::followed(&self.cluster, &mut self.rng);
+            self.undo_at(undos);
+        }
     }
 
     fn end_faults(&mut self, now: Nanos) -> Result<(), ClusterError> {
@@ -280,12 +296,9 @@ impl Director {
     fn restart(&mut self) {
         let now = self.cluster.time.now();
         let agents = self.cluster.take_ended().into_iter().map(Undo::StartAgent);
-        let agents: Vec<Undo> = agents.collect();
         let operators = self.cluster.bury_operators().into_iter().map(Undo::StartOperator);
-        for undo in agents.into_iter().chain(operators) {
-            self.numbers += 1;
-            self.undos.insert((now + 2 * SECOND, self.numbers), undo);
-        }
+        let undos: Vec<Undo> = agents.chain(operators).collect();
+        self.undo_at(undos.into_iter().map(|undo| (now + 2 * SECOND, undo)));
     }
 
     fn jobs(&self) -> Vec<Value> {

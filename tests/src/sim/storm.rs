@@ -112,6 +112,16 @@ pub fn strike(
             }
             vec![(end, Undo::WakeOperator(operator))]
         }
+        Fault::OperatorOvertaken => {
+            if let Some(control) = cluster.operators.get_mut(operator)
+                && let Some(life) = &control.life
+            {
+                life.process.stop();
+                control.until_followed = true;
+            }
+            // Whoever follows needs some seconds to be sure.
+            vec![(end.max(now + 30 * SECOND), Undo::WakeOperator(operator))]
+        }
         Fault::Outage => outage(cluster, end, reset),
         Fault::MessageLoss | Fault::Overload | Fault::WatchTrouble => {
             let trouble = trouble(rng, planned.fault);
@@ -143,9 +153,8 @@ pub fn strike(
             vec![]
         }
         Fault::Drift => {
-            let drift = i64::try_from(rng.between(0, 20_000)).unwrap_or(0) - 10_000;
             for machine in machines(cluster, victims) {
-                machine.set_drift(drift);
+                machine.set_drift(drift(rng));
             }
             vec![]
         }
@@ -186,6 +195,16 @@ fn machines(cluster: &Cluster, Victims { node, operator }: Victims) -> Vec<super
     node.into_iter().chain(operator).collect()
 }
 
+/// Parts per million that a clock within the contract is off at most: one in a hundred.
+pub const MOST_DRIFT: i64 = 10_000;
+
+/// What a clock within the contract is off: as often as not as much as it may.
+pub fn drift(rng: &mut Rng) -> i64 {
+    let within = i64::try_from(rng.between(0, 20_000)).unwrap_or(0) - MOST_DRIFT;
+    *rng.pick(&[-MOST_DRIFT, MOST_DRIFT, within, within])
+        .unwrap_or(&within)
+}
+
 fn outage(cluster: &Cluster, end: Nanos, reset: bool) -> Vec<(Nanos, Undo)> {
     for link in links(cluster) {
         link.cut(reset);
@@ -217,6 +236,16 @@ fn trouble(rng: &mut Rng, fault: Fault) -> Trouble {
     }
 }
 
+/// Another operator has begun to write: those that stood still until then go on.
+pub fn followed(cluster: &Cluster, rng: &mut Rng) -> Vec<(Nanos, Undo)> {
+    let now = cluster.time.now();
+    let waiting = cluster.operators.iter().enumerate();
+    waiting
+        .filter(|(_, control)| control.until_followed)
+        .map(|(number, _)| (now + rng.between(0, 12 * MILLI), Undo::WakeOperator(number)))
+        .collect()
+}
+
 /// Ends a fault.
 pub fn undo(cluster: &mut Cluster, undo: Undo) -> Result<(), ClusterError> {
     match undo {
@@ -246,9 +275,12 @@ pub fn undo(cluster: &mut Cluster, undo: Undo) -> Result<(), ClusterError> {
             }
         }
         Undo::WakeOperator(operator) => {
-            if let Some(life) = cluster.operators.get(operator).and_then(|o| o.life.as_ref()) {
-                life.link.hold(false);
-                life.process.go_on();
+            if let Some(control) = cluster.operators.get_mut(operator) {
+                control.until_followed = false;
+                if let Some(life) = &control.life {
+                    life.link.hold(false);
+                    life.process.go_on();
+                }
             }
         }
         Undo::Thaw(node, lost) => {

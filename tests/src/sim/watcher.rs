@@ -27,6 +27,8 @@ pub struct Seen {
 pub struct Findings {
     /// Steps since they were last taken.
     pub steps: Vec<Seen>,
+    /// Whether a new leader has begun to write since this was last taken.
+    pub followed: bool,
     /// Writes of a leader that had been followed by another.
     pub stale: u64,
     /// What was wrong, in words.
@@ -142,6 +144,7 @@ impl Findings {
         }
         if term > self.newest {
             (self.newest, self.newest_since) = (term, now);
+            self.followed = true;
         }
     }
 

@@ -295,7 +295,7 @@ impl Worker {
             Ok(ToWorker::Load { memory, .. }) => {
                 let Yard { truth, node, cap, .. } = &self.place.yard;
                 truth.takes(node, self.place.number, memory, *cap);
-                let long = self.place.rng.between(300 * MILLI, 4 * SECOND);
+                let long = self.place.rng.mostly_short(20 * MILLI, 4 * SECOND);
                 self.loading = Some((long, memory));
             }
             Ok(ToWorker::Limits(limits)) => {
