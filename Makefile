@@ -40,6 +40,8 @@ soak: prepare controlplane build $(CARGO_AUDITABLE) ## What takes real time: lea
 	@GOGRID_TEST_LEASE_SECONDS=40 cargo test --workspace --features $(FEATURES) --no-fail-fast --test faults --test outage -- --test-threads=1 --nocapture
 	$(call say,50 leaders killed and every write of a placement held back)
 	@GOGRID_SOAK=1 cargo test --workspace --features $(FEATURES) --test faults -- --test-threads=1 --nocapture leaders
+	$(call say,operator and agents killed before and after every call of five flows - 40 minutes)
+	@GOGRID_SOAK=1 cargo test --workspace --features $(FEATURES) --test crashes -- --test-threads=1 --nocapture killed_before_or_after
 	$(call say,the modelled store against the real API server: 10 000 operations)
 	@GOGRID_STORE_OPERATIONS=10000 cargo test --workspace --features $(FEATURES) --test store_model -- --nocapture
 	$(call say,shares in long windows - 200 edits of a profile in ten minutes - 10 GB pulled beside a cached file - a share that yields for a minute)

@@ -122,7 +122,7 @@ pub fn clients(mut base: kube::Config, config: &Config) -> Result<Clients, kube:
     #[cfg(feature = "faults")]
     let (api, lease) = {
         let faults = gogrid_faults::FaultLayer::new(config.faults.clone());
-        (api.with_layer(&faults), lease.with_layer(&faults))
+        (api.with_layer(&faults), lease.with_layer(&faults.beats()))
     };
     let server_clock = ServerClock::default();
     let clock = server_clock.clone();

@@ -70,12 +70,18 @@ async fn run(config: Config) -> anyhow::Result<()> {
     let kube_config = client::config().await.context("the API server")?;
     // Beneath the gate: what is struck had been let through.
     #[cfg(feature = "faults")]
-    let beneath = gogrid_faults::FaultLayer::new(config.faults.clone());
+    let (beneath, beneath_election) = {
+        let faults = gogrid_faults::FaultLayer::new(config.faults.clone());
+        (faults.clone(), faults.beats())
+    };
     #[cfg(not(feature = "faults"))]
-    let beneath = tower::layer::util::Identity::new();
+    let (beneath, beneath_election) = {
+        let nothing = tower::layer::util::Identity::new();
+        (nothing, nothing)
+    };
     let work = client::gated(kube_config.clone(), &beneath, &gate).context("the API server")?;
     // The election has a connection of its own: it must not wait behind a burst of work.
-    let lead = client::gated(kube_config, &beneath, &gate).context("the API server")?;
+    let lead = client::gated(kube_config, &beneath_election, &gate).context("the API server")?;
 
     let (stop_serving, mut serving) = watch::channel(false);
     let listener = metrics::bind(config.metrics_addr).await?;

@@ -220,6 +220,7 @@ impl Cluster {
         command
             .args(more)
             .env("KUBECONFIG", kubeconfig.context("no operator's kubeconfig")?)
+            .env("NO_COLOR", "1")
             .env("RUST_BACKTRACE", "1");
         self.launch(name, command)
     }

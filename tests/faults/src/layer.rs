@@ -22,51 +22,74 @@ struct Shared {
     writes: AtomicU64,
     work: AtomicU64,
     leases: AtomicU64,
+    any: AtomicU64,
 }
 
 /// Makes the service; clones count together.
 #[derive(Clone, Debug, Default)]
-pub struct FaultLayer(Arc<Shared>);
+pub struct FaultLayer {
+    shared: Arc<Shared>,
+    beats: bool,
+}
 
 impl FaultLayer {
     /// Strikes these faults.
     pub fn new(faults: Vec<Fault>) -> Self {
-        Self(Arc::new(Shared {
+        let shared = Arc::new(Shared {
             faults,
             ..Shared::default()
-        }))
+        });
+        Self { shared, beats: false }
+    }
+
+    /// The same for a client that does nothing but keep a Lease: what it sends is none of [`Calls::Any`].
+    #[must_use]
+    pub fn beats(&self) -> Self {
+        Self {
+            beats: true,
+            ..self.clone()
+        }
     }
 
     /// Counts a request; what is to happen to it.
     fn count(&self, method: &Method, path: &str, query: &str) -> Option<Act> {
-        kinds(method, path, query).iter().find_map(|calls| {
-            let counter = match calls {
-                Calls::Writes => &self.0.writes,
-                Calls::Work => &self.0.work,
-                Calls::Leases => &self.0.leases,
-            };
-            let number = counter.fetch_add(1, Ordering::SeqCst) + 1;
-            let fault = self.0.faults.iter().find(|f| f.strikes(*calls, number))?;
-            tracing::warn!(%fault, number, %method, path, "fault");
-            Some(fault.act)
-        })
+        let counted = |calls: &&Calls| !(self.beats && **calls == Calls::Any);
+        kinds(method, path, query)
+            .iter()
+            .filter(counted)
+            .find_map(|calls| {
+                let shared = &self.shared;
+                let counter = match calls {
+                    Calls::Writes => &shared.writes,
+                    Calls::Work => &shared.work,
+                    Calls::Leases => &shared.leases,
+                    Calls::Any => &shared.any,
+                };
+                let number = counter.fetch_add(1, Ordering::SeqCst) + 1;
+                let fault = shared.faults.iter().find(|f| f.strikes(*calls, number))?;
+                tracing::warn!(%fault, number, %method, path, "fault");
+                Some(fault.act)
+            })
     }
 }
 
 /// What a request counts as.
 fn kinds(method: &Method, path: &str, query: &str) -> &'static [Calls] {
-    if path.starts_with("/apis/coordination.k8s.io/") && !query.contains("watch=") {
-        return &[Calls::Leases];
+    if query.contains("watch=") {
+        return &[];
+    }
+    if path.starts_with("/apis/coordination.k8s.io/") {
+        return &[Calls::Any, Calls::Leases];
     }
     let reads = matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS);
     let changes_nothing = reads || path.contains("/selfsubject") || query.contains("dryRun=All");
     let work = ["/inferencejobs", "/assignments", "/configmaps"];
     if changes_nothing {
-        &[]
+        &[Calls::Any]
     } else if work.iter().any(|plural| path.contains(plural)) {
-        &[Calls::Work, Calls::Writes]
+        &[Calls::Any, Calls::Work, Calls::Writes]
     } else {
-        &[Calls::Writes]
+        &[Calls::Any, Calls::Writes]
     }
 }
 
@@ -110,7 +133,7 @@ where
         let query = request.uri().query().unwrap_or("");
         let act = self.layer.count(request.method(), request.uri().path(), query);
         match act {
-            None => Box::pin(self.inner.call(request)),
+            None | Some(Act::Note) => Box::pin(self.inner.call(request)),
             Some(Act::KillBefore) => {
                 signal(Signal::KILL);
                 Box::pin(std::future::pending())
@@ -223,4 +246,25 @@ fn refusal(code: u16) -> Result<Response<Box<DynBody>>, BoxError> {
     let body = Full::from(serde_json::to_vec(&body)?).map_err(|never| match never {});
     let body: Box<DynBody> = Box::new(body);
     Ok(answer.body(body)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_call_counts_as_any_but_watches_and_what_keeps_a_lease() {
+        let layer = FaultLayer::new(vec!["any:note=1..".parse().unwrap()]);
+        let lease = "/apis/coordination.k8s.io/v1/namespaces/kube-system/leases/gogrid-leader";
+        let counted = |layer: &FaultLayer, method: Method, path: &str, query: &str| {
+            layer.count(&method, path, query).is_some()
+        };
+        assert!(counted(&layer, Method::GET, "/api/v1/configmaps/a", ""));
+        assert!(counted(&layer, Method::GET, lease, ""));
+        assert!(counted(&layer, Method::PATCH, "/api/v1/configmaps/a", ""));
+        assert!(!counted(&layer, Method::GET, "/api/v1/configmaps", "watch=true"));
+        let beats = layer.beats();
+        assert!(!counted(&beats, Method::PUT, lease, ""));
+        assert!(!counted(&beats, Method::GET, "/api/v1/nodes/n", ""));
+    }
 }

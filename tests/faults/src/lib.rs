@@ -20,6 +20,9 @@ pub enum Calls {
     Work,
     /// Everything about Leases, reads too.
     Leases,
+    /// Every call, reads too, but what goes on for ever whether there is work or not: watches, and all that goes through
+    /// [`FaultLayer::beats`].
+    Any,
 }
 
 /// What happens at a chosen request.
@@ -47,6 +50,8 @@ pub enum Act {
     Swallow,
     /// It is carried out, and its answer comes a byte at a time, which takes seconds.
     Drip,
+    /// Nothing but a line in the log, as for every other fault: which requests there are.
+    Note,
 }
 
 /// One fault: what happens, at which requests.
@@ -71,8 +76,8 @@ impl Fault {
 /// The flag is malformed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{0:?} must be [leases:|work:]WHAT=N, N.. or N..M, where WHAT is kill-before, kill-after, pause-before, drop, lose-answer, \
-     delay-MILLIS, duplicate, answer-STATUS, hang, swallow or drip"
+    "{0:?} must be [any:|leases:|work:]WHAT=N, N.. or N..M, where WHAT is kill-before, kill-after, pause-before, drop, \
+     lose-answer, delay-MILLIS, duplicate, answer-STATUS, hang, swallow, drip or note"
 )]
 pub struct FaultError(String);
 
@@ -86,6 +91,7 @@ impl FromStr for Fault {
 
 fn parse(text: &str) -> Option<Fault> {
     let (calls, rest) = match text.split_once(':') {
+        Some(("any", rest)) => (Calls::Any, rest),
         Some(("leases", rest)) => (Calls::Leases, rest),
         Some(("work", rest)) => (Calls::Work, rest),
         Some(_) => return None,
@@ -107,6 +113,7 @@ fn parse(text: &str) -> Option<Fault> {
         "hang" => Act::Hang,
         "swallow" => Act::Swallow,
         "drip" => Act::Drip,
+        "note" => Act::Note,
         _ => match word.split_once('-')? {
             ("delay", millis) => Act::Delay(Duration::from_millis(millis.parse().ok()?)),
             ("answer", status) => Act::Answer(status.parse().ok().filter(|s| (400..600).contains(s))?),
@@ -149,6 +156,7 @@ mod tests {
             ("kill-before=3", fault(Calls::Writes, Act::KillBefore, 3, 3)),
             ("leases:hang=2..", fault(Calls::Leases, Act::Hang, 2, u64::MAX)),
             ("work:pause-before=2", fault(Calls::Work, Act::PauseBefore, 2, 2)),
+            ("any:note=1..", fault(Calls::Any, Act::Note, 1, u64::MAX)),
             ("answer-429=1..4", fault(Calls::Writes, Act::Answer(429), 1, 4)),
             (
                 "delay-250=9",

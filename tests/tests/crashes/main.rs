@@ -5,6 +5,11 @@
     reason = "the test measures real time from outside"
 )]
 
+mod end;
+mod flows;
+mod sweep;
+
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -13,23 +18,120 @@ use gogrid_api::{InferenceJob, condition};
 use gogrid_tests::cluster::{Cluster, ClusterOptions, lease_seconds, on_runtime, program, tenths_of_lease};
 use gogrid_tests::controlplane::ControlPlane;
 use gogrid_tests::jobs::{Questions, spec};
+use gogrid_tests::ports;
 use gogrid_tests::procfs;
 use gogrid_tests::wait::eventually;
+use k8s_openapi::api::core::v1::Node;
 use kube::ResourceExt as _;
-use kube::api::DeleteParams;
+use kube::api::{Api, DeleteParams, Patch, PatchParams};
 use serde_json::json;
 
-const LONG: Duration = Duration::from_secs(120);
-/// No job needs more writes than this; a sweep that gets here is not making progress.
-const MOST_WRITES: u32 = 60;
+use flows::Flow;
+use sweep::{Sweep, Victim};
 
-async fn cluster() -> Result<Arc<Cluster>> {
-    static SHARED: tokio::sync::OnceCell<Arc<Cluster>> = tokio::sync::OnceCell::const_new();
-    let started = SHARED.get_or_try_init(|| async {
-        let control = ControlPlane::shared().await?;
-        anyhow::Ok(Arc::new(Cluster::start(control, ClusterOptions::quick(2)).await?))
-    });
-    Ok(Arc::clone(started.await?))
+const LONG: Duration = Duration::from_secs(120);
+/// Label of a flow's nodes.
+const FLOW_LABEL: &str = "gogrid.test/flow";
+
+/// What all tests here share.
+struct World {
+    cluster: Cluster,
+    /// Where each node's agent serves its metrics.
+    metrics: BTreeMap<&'static str, u16>,
+}
+
+async fn world() -> Result<Arc<World>> {
+    static SHARED: tokio::sync::OnceCell<Arc<World>> = tokio::sync::OnceCell::const_new();
+    let made = SHARED.get_or_try_init(|| async { anyhow::Ok(Arc::new(make().await?)) });
+    Ok(Arc::clone(made.await?))
+}
+
+async fn make() -> Result<World> {
+    let nodes = || {
+        Flow::ALL
+            .into_iter()
+            .flat_map(|flow| flow.nodes().iter().map(move |node| (flow, *node)))
+    };
+    let mut options = ClusterOptions::quick(0);
+    let mut metrics = BTreeMap::new();
+    for (_, node) in nodes() {
+        let place = ports::fixed()?;
+        options
+            .nodes
+            .push((node.to_owned(), Some("aggressive".to_owned())));
+        options.metrics.insert(node.to_owned(), place);
+        metrics.insert(node, place.port());
+    }
+    let cluster = Cluster::install(ControlPlane::shared().await?, options).await?;
+    let api: Api<Node> = Api::all(cluster.client.clone());
+    for (flow, node) in nodes() {
+        let label = Patch::Merge(json!({"metadata": {"labels": {FLOW_LABEL: flow.name()}}}));
+        api.patch(node, &PatchParams::default(), &label).await?;
+    }
+    cluster.begin(&BTreeMap::new()).await?;
+    Ok(World { cluster, metrics })
+}
+
+/// Kills the operator around each of a flow's calls.
+fn operator_dies_in(flow: Flow, from_start: bool, sample: usize) -> Result<()> {
+    on_runtime(async {
+        let world = world().await?;
+        let sweep = Sweep {
+            world: &world,
+            flow,
+            victim: Victim::Operator,
+            from_start,
+            sample,
+        };
+        sweep.run().await.map(drop)
+    })
+}
+
+#[test]
+fn an_operator_killed_before_or_after_any_call_of_its_start_and_of_a_job_finishes_the_job_and_each_record_once()
+-> Result<()> {
+    operator_dies_in(Flow::Finish, true, 4)
+}
+
+#[test]
+fn an_operator_killed_before_or_after_any_call_about_a_failure_counts_it_once_and_tries_again() -> Result<()>
+{
+    operator_dies_in(Flow::Retry, false, 2)
+}
+
+#[test]
+fn an_operator_killed_before_or_after_any_call_of_a_suspension_keeps_what_is_saved_and_resumes() -> Result<()>
+{
+    operator_dies_in(Flow::Suspend, false, 1)
+}
+
+#[test]
+fn an_operator_killed_before_or_after_any_call_of_a_drain_moves_the_job_with_what_is_saved() -> Result<()> {
+    operator_dies_in(Flow::Drain, false, 1)
+}
+
+#[test]
+fn an_operator_killed_before_or_after_any_call_about_a_deletion_leaves_nothing_of_the_job() -> Result<()> {
+    operator_dies_in(Flow::Delete, false, 1)
+}
+
+#[test]
+fn agents_killed_before_or_after_any_of_their_calls_in_any_flow_leave_what_undisturbed_ones_do() -> Result<()>
+{
+    on_runtime(async {
+        let world = world().await?;
+        // Each has nodes of its own: they go on at the same time.
+        let sweeps = Flow::ALL.map(|flow| Sweep {
+            world: &world,
+            flow,
+            victim: Victim::Agent,
+            from_start: flow == Flow::Finish,
+            sample: 2,
+        });
+        let kills = futures::future::try_join_all(sweeps.iter().map(Sweep::run)).await?;
+        ensure!(kills.iter().all(|kills| *kills > 0), "{kills:?}");
+        Ok(())
+    })
 }
 
 async fn finished_right(
@@ -46,50 +148,6 @@ async fn finished_right(
     );
     questions.right(&cluster.results(&job).await?)?;
     Ok(job)
-}
-
-#[test]
-fn an_operator_killed_before_or_after_any_of_its_writes_finishes_every_job_and_record_once() -> Result<()> {
-    on_runtime(async {
-        let cluster = cluster().await?;
-        let mut kills = 0;
-        for moment in ["kill-before", "kill-after"] {
-            for write in 1..=MOST_WRITES {
-                cluster.process("operator")?.kill();
-                let fault = format!("{moment}={write}");
-                let doomed = cluster.start_operator(&["--fault", &fault])?;
-                let name = format!("{moment}-{write}");
-                let questions = Questions::new(u64::from(write), 6);
-                let job = cluster
-                    .create_job("default", &name, spec(&questions.lines(), &name)?)
-                    .await?;
-                let jobs = cluster.jobs("default");
-                let died = eventually(LONG, "the operator to die or the job to finish", || async {
-                    let status = jobs.get(&name).await?.status.unwrap_or_default();
-                    let over = condition::is_true(&status.conditions, "Finished");
-                    ensure!(over || !doomed.is_running(), "{:?}", status.conditions);
-                    Ok(!doomed.is_running())
-                })
-                .await
-                .with_context(|| cluster.log_tails(20))?;
-                if died {
-                    kills += 1;
-                    cluster.start_operator(&[])?;
-                }
-                finished_right(&cluster, &job, &questions)
-                    .await
-                    .with_context(|| fault.clone())?;
-                jobs.delete(&name, &DeleteParams::default()).await?;
-                if !died {
-                    println!("{moment}: the job needs {} writes", write - 1);
-                    break;
-                }
-            }
-        }
-        println!("{kills} kills");
-        ensure!(kills >= 10, "only {kills} kills: is the fault layer in?");
-        Ok(())
-    })
 }
 
 async fn slow_job_with_a_worker(
@@ -128,22 +186,24 @@ async fn slow_job_with_a_worker(
 fn an_agent_killed_and_restarted_has_no_worker_within_a_second_and_its_job_a_new_epoch_within_ten()
 -> Result<()> {
     on_runtime(async {
-        let cluster = cluster().await?;
-        let (job, questions, node) = slow_job_with_a_worker(&cluster, "agent-restarted", None).await?;
-        dies_with_its_agent(&cluster, &job, &questions, &node).await
+        let world = world().await?;
+        let cluster = &world.cluster;
+        let (job, questions, node) = slow_job_with_a_worker(cluster, "agent-restarted", None).await?;
+        dies_with_its_agent(cluster, &job, &questions, &node).await
     })
 }
 
 #[test]
 fn a_worker_inside_a_kernel_of_ten_seconds_ends_with_its_agent_all_the_same() -> Result<()> {
     on_runtime(async {
-        let cluster = cluster().await?;
-        let node = "node-1";
+        let world = world().await?;
+        let cluster = &world.cluster;
+        let node = Flow::Finish.nodes()[0];
         cluster.process(node)?.kill();
         let slow = program("slow-kernel")?;
         cluster.start_agent_with(node, &["--worker-binary", slow.to_str().context("path")?])?;
         cluster.until_node_ready(node).await?;
-        let (job, questions, _) = slow_job_with_a_worker(&cluster, "long-kernel", Some(node)).await?;
+        let (job, questions, _) = slow_job_with_a_worker(cluster, "long-kernel", Some(node)).await?;
         let agent = u32::try_from(cluster.process(node)?.pid())?;
         let worker = procfs::workers_of(agent)?.pop().context("no worker")?.pid;
         let loaded = procfs::cpu_ticks(worker)?;
@@ -153,7 +213,7 @@ fn a_worker_inside_a_kernel_of_ten_seconds_ends_with_its_agent_all_the_same() ->
             Ok(())
         })
         .await?;
-        dies_with_its_agent(&cluster, &job, &questions, node).await
+        dies_with_its_agent(cluster, &job, &questions, node).await
     })
 }
 
@@ -202,8 +262,9 @@ async fn dies_with_its_agent(
 #[test]
 fn a_job_whose_agent_stays_down_is_placed_elsewhere_after_the_lease() -> Result<()> {
     on_runtime(async {
-        let cluster = cluster().await?;
-        let (job, questions, node) = slow_job_with_a_worker(&cluster, "agent-lost", None).await?;
+        let world = world().await?;
+        let cluster = &world.cluster;
+        let (job, questions, node) = slow_job_with_a_worker(cluster, "agent-lost", None).await?;
         cluster.process(&node)?.kill();
         let killed = Instant::now();
         let moved = cluster
@@ -229,7 +290,7 @@ fn a_job_whose_agent_stays_down_is_placed_elsewhere_after_the_lease() -> Result<
             after >= tenths_of_lease(9),
             "{after:?}: before the lease can have run out"
         );
-        finished_right(&cluster, &moved, &questions).await?;
+        finished_right(cluster, &moved, &questions).await?;
         cluster
             .jobs("default")
             .delete(&job.name_any(), &DeleteParams::default())
