@@ -199,9 +199,10 @@ impl<'a> Round<'a> {
                     let status = draft.place(&planned, self.term, name).done();
                     let run = order::Run {
                         session: planned.session.clone(),
+                        term: self.term,
                         parallel_limit: planned.parallel_limit,
                         inputs: inputs.clone(),
-                        former: runs,
+                        runs,
                     };
                     let order = order::run(job, &status, run);
                     let claim = status.placement.as_ref().map(|p| Claim {

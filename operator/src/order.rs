@@ -40,26 +40,30 @@ fn model(job: &InferenceJob) -> ModelOrder {
 pub(crate) struct Run<'a> {
     /// Session of the node's agent.
     pub(crate) session: String,
+    /// Term of the leader that gives the order: not always of the one that chose the place, which may have died before it
+    /// could. An agent refuses one of an earlier leader.
+    pub(crate) term: i64,
     /// Sequences decoded together at most.
     pub(crate) parallel_limit: u16,
     /// Staged inputs.
     pub(crate) inputs: Vec<StagedInput>,
-    /// Runs of earlier epochs.
-    pub(crate) former: &'a [&'a Assignment],
+    /// The job's runs; what earlier epochs answered is left out.
+    pub(crate) runs: &'a [&'a Assignment],
 }
 
 /// The order for the placement that `status` holds.
 pub(crate) fn run(job: &InferenceJob, status: &InferenceJobStatus, run: Run<'_>) -> Option<Assignment> {
     let Run {
         session,
+        term,
         parallel_limit,
         inputs,
-        former,
+        runs,
     } = run;
     let placement = status.placement.as_ref()?;
     let checkpoints = || {
-        former
-            .iter()
+        runs.iter()
+            .filter(|a| a.spec.epoch < status.epoch)
             .filter_map(|a| a.status.as_ref()?.checkpoint.as_ref())
     };
     let failed: i64 = checkpoints().map(|c| c.failed).sum();
@@ -74,7 +78,7 @@ pub(crate) fn run(job: &InferenceJob, status: &InferenceJobStatus, run: Run<'_>)
             kind: Kind::Run,
             job: reference(job),
             epoch: status.epoch,
-            term: status.term,
+            term,
             node_name: placement.node_name.clone(),
             session,
             model: model(job),
@@ -132,4 +136,45 @@ pub(crate) fn attempt(inspection: &Assignment) -> u32 {
         .next()
         .and_then(|n| n.parse().ok())
         .unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn an_order_carries_the_term_of_who_gives_it_and_leaves_out_what_earlier_epochs_answered() {
+        let job: InferenceJob = serde_json::from_value(json!({
+            "apiVersion": "gogrid.dev/v1alpha1", "kind": "InferenceJob",
+            "metadata": {"name": "j", "namespace": "n", "uid": "u"},
+            "spec": {"model": {"uri": "file:///models/m.gguf", "sha256": "0".repeat(64)}, "input": {"inline": ["{}"]},
+                     "output": {"configMap": "out"}},
+            "status": {"epoch": 2, "term": 3, "placement": {"nodeName": "a", "stages": []}},
+        }))
+        .unwrap();
+        let status = job.status.clone().unwrap();
+        let order = |term, runs: &[&Assignment]| {
+            let run = Run {
+                session: "s".into(),
+                term,
+                parallel_limit: 1,
+                inputs: vec![],
+                runs,
+            };
+            super::run(&job, &status, run).unwrap()
+        };
+        let answered = |epoch: i64, line: i64| {
+            let mut run = order(3, &[]);
+            run.spec.epoch = epoch;
+            let status =
+                json!({"checkpoint": {"chunks": 1, "lines": [{"first": line, "last": line}], "failed": 0}});
+            run.status = Some(serde_json::from_value(status).unwrap());
+            run
+        };
+        let (first, second) = (answered(1, 7), answered(2, 8));
+        let again = order(4, &[&first, &second]);
+        assert_eq!((again.spec.epoch, again.spec.term), (2, 4));
+        assert_eq!(again.spec.skip, [LineRange { first: 7, last: 7 }]);
+    }
 }

@@ -272,19 +272,15 @@ impl<'a> Round<'a> {
             job.spec.profile_name.as_deref(),
         );
         let parallel_limit = effective.map_or(1, |e| e.limits.max_batch);
-        let former: Vec<&Assignment> = runs
-            .iter()
-            .copied()
-            .filter(|r| r.spec.epoch < status.epoch)
-            .collect();
         let order = order::run(
             job,
             status,
             order::Run {
                 session,
+                term: self.term,
                 parallel_limit,
                 inputs,
-                former: &former,
+                runs,
             },
         );
         order
