@@ -1,7 +1,6 @@
 use super::*;
 use gogrid_agent_core::driver::Ask;
 use std::cell::Cell;
-use std::path::Path;
 use std::time::Duration;
 
 const LONG: Nanos = 30_000_000_000;
@@ -139,6 +138,15 @@ fn descriptors() -> usize {
         .count()
 }
 
+/// Whether a process with that number is there, be it a zombie, and a child of this one: the kernel gives numbers again.
+fn is_ours(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let parent = stat
+        .rsplit_once(')')
+        .and_then(|(_, rest)| rest.split_whitespace().nth(1));
+    parent.is_some_and(|parent| parent == std::process::id().to_string())
+}
+
 #[test]
 fn a_thousand_runs_with_children_that_hang_crash_and_lie_leave_no_descriptor_and_no_child() {
     let before = descriptors();
@@ -175,14 +183,12 @@ fn a_thousand_runs_with_children_that_hang_crash_and_lie_leave_no_descriptor_and
         probe.end();
         assert!(probe.running.is_none());
     }
-    assert!(
-        pids.iter()
-            .all(|pid| !Path::new(&format!("/proc/{pid}")).exists())
-    );
+    assert!(!pids.is_empty());
     // Other tests of this process come and go with descriptors of their own.
     let gone = (0..500).any(|_| {
         std::thread::park_timeout(Duration::from_millis(10));
-        descriptors() <= before
+        // The last child may take a moment to end.
+        descriptors() <= before && !pids.iter().any(|pid| is_ours(*pid))
     });
     assert!(gone, "{} descriptors, {before} before", descriptors());
 }
