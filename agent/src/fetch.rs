@@ -317,10 +317,10 @@ mod tests {
 
     #[test]
     fn what_was_computed_is_paid_for_before_more_is() {
+        let (begun, before) = (Machine.boottime(), process_cpu());
         let throttle = Throttle::default();
         throttle.allow(100);
         throttle.pay();
-        let (begun, before) = (Machine.boottime(), process_cpu());
         while process_cpu() < before + 20_000_000 {}
         throttle.pay();
         let cores = u64::try_from(std::thread::available_parallelism().unwrap().get()).unwrap();
