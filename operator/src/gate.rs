@@ -11,16 +11,18 @@ use kube::client::Body;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 use tower::{BoxError, Layer, Service};
 
-/// Until when this process may write, and under which term.
+/// Until when this process may write, and under which term; how often the API server was out of its reach.
 #[derive(Debug, Default)]
 pub struct Leadership {
     valid_until: AtomicU64,
     term: AtomicI64,
+    unheard: AtomicBool,
+    gaps: AtomicU64,
 }
 
 impl Leadership {
@@ -33,6 +35,19 @@ impl Leadership {
     /// Leads no more.
     pub(crate) fn drop_now(&self) {
         self.valid_until.store(0, Ordering::SeqCst);
+    }
+
+    /// The API server answered the election, or did not.
+    pub(crate) fn heard(&self, answered: bool) {
+        if self.unheard.swap(!answered, Ordering::SeqCst) && answered {
+            self.gaps.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    /// How often it has answered again after it did not. Counted before leadership is held again: who leads after a gap
+    /// knows of it, though a watch may not have noticed it yet.
+    pub(crate) fn gaps(&self) -> u64 {
+        self.gaps.load(Ordering::SeqCst)
     }
 
     /// The term, while writing is allowed.
@@ -145,6 +160,17 @@ where
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_gap_is_counted_once_when_the_api_server_answers_again() {
+        let leadership = Leadership::default();
+        let mut gaps = vec![];
+        for answered in [true, false, false, true, true, false, true] {
+            leadership.heard(answered);
+            gaps.push(leadership.gaps());
+        }
+        assert_eq!(gaps, [0, 0, 0, 1, 1, 1, 2]);
+    }
 
     #[test]
     fn only_leases_reviews_dry_runs_and_events_pass_a_closed_gate() {

@@ -300,7 +300,13 @@ impl Election {
 
     async fn call<T>(&self, call: impl Future<Output = kube::Result<T>> + Send) -> Result<T, LeaderError> {
         let limit = Duration::from_millis((self.timing.leader_lease().0 / 2).max(500));
-        match within(&*self.host, limit, call).await {
+        let answer = within(&*self.host, limit, call).await;
+        let refused = |error: &kube::Error| matches!(error, kube::Error::Api(status) if status.code < 500);
+        let answered = answer
+            .as_ref()
+            .is_some_and(|answer| answer.as_ref().err().is_none_or(refused));
+        self.leadership.heard(answered);
+        match answer {
             Some(answer) => answer.map_err(|e| LeaderError::Api(Box::new(e))),
             None => Err(LeaderError::Timeout),
         }

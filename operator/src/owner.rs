@@ -66,6 +66,8 @@ pub(crate) struct Owner {
     profiles_written: BTreeMap<String, Millis>,
     has_inputs: BTreeSet<String>,
     missing_since: BTreeMap<String, Millis>,
+    /// Times that the API server was out of reach, as far as nodes were given time after them.
+    gaps: u64,
     /// The term for which the orders were read anew.
     swept: Option<i64>,
     permits: Arc<Semaphore>,
@@ -102,6 +104,7 @@ impl Owner {
             profiles_written: BTreeMap::new(),
             has_inputs: BTreeSet::new(),
             missing_since: BTreeMap::new(),
+            gaps: 0,
             swept: None,
             answers,
             answered,
@@ -210,6 +213,10 @@ impl Owner {
 
     fn round(&mut self) {
         let now = self.host.mono();
+        let gaps = self.leadership.gaps();
+        if std::mem::replace(&mut self.gaps, gaps) != gaps {
+            self.store.liveness.blind(now);
+        }
         let ready = |term: &i64| self.swept == Some(*term) && self.store.synced();
         let Some(term) = self.leadership.term(now).filter(ready) else {
             return;
