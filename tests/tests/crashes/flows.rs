@@ -141,7 +141,7 @@ impl Flow {
     }
 }
 
-/// Kills the job's workers until one attempt is counted.
+/// Kills the job's workers, once they run, until one attempt is counted.
 async fn fail_once(cluster: &Cluster, job: &InferenceJob, node: &str) -> Result<()> {
     let jobs = cluster.jobs("default");
     eventually(LONG, "a counted failure", || async {
@@ -151,6 +151,11 @@ async fn fail_once(cluster: &Cluster, job: &InferenceJob, node: &str) -> Result<
         if status.attempts > 0 {
             return Ok(());
         }
+        let (orders, _, _) = objects(cluster, &job.uid().context("no uid")?).await?;
+        let newest = orders.iter().max_by_key(|order| order.spec.epoch);
+        let state = newest.and_then(|order| order.status.as_ref()?.state);
+        // One that is killed while it starts has another word for it.
+        ensure!(state == Some(State::Running), "the newest order is {state:?}");
         for worker in &workers {
             let pid = Pid::from_raw(i32::try_from(*worker)?).context("no process has number 0")?;
             // It may have ended by itself meanwhile, with its agent.
