@@ -77,7 +77,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
     #[cfg(not(feature = "faults"))]
     let (beneath, beneath_election) = {
         let nothing = tower::layer::util::Identity::new();
-        (nothing, nothing)
+        (nothing.clone(), nothing)
     };
     let work = client::gated(kube_config.clone(), &beneath, &gate).context("the API server")?;
     // The election has a connection of its own: it must not wait behind a burst of work.
