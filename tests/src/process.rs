@@ -82,6 +82,8 @@ impl Undying {
 pub enum Means {
     /// Nice values of threads.
     Setpriority,
+    /// The scheduling policy of threads.
+    Setscheduler,
     /// I/O priorities of threads.
     Ioprio,
     /// What is told by writing a file beneath /proc: the autogroup's nice value, whom to kill first for want of memory.
@@ -92,12 +94,19 @@ pub enum Means {
 
 impl Means {
     /// Each of them.
-    pub const ALL: [Self; 4] = [Self::Setpriority, Self::Ioprio, Self::ProcWrites, Self::Lowering];
+    pub const ALL: [Self; 5] = [
+        Self::Setpriority,
+        Self::Setscheduler,
+        Self::Ioprio,
+        Self::ProcWrites,
+        Self::Lowering,
+    ];
 
     /// Its name on a command line.
     pub fn name(self) -> &'static str {
         match self {
             Self::Setpriority => "setpriority",
+            Self::Setscheduler => "setscheduler",
             Self::Ioprio => "ioprio",
             Self::ProcWrites => "proc-writes",
             Self::Lowering => "lowering",
@@ -110,6 +119,7 @@ impl Means {
         let feign = |call, third, errno| Ok(sys::feign(&[sys::Feint { call, third, errno }])?);
         match self {
             Self::Setpriority => feign(libc::SYS_setpriority, None, 0),
+            Self::Setscheduler => feign(libc::SYS_sched_setscheduler, None, 0),
             Self::Ioprio => feign(libc::SYS_ioprio_set, None, 0),
             Self::ProcWrites => {
                 let flags = libc::O_WRONLY | libc::O_CREAT | libc::O_TRUNC | libc::O_CLOEXEC;

@@ -100,6 +100,15 @@ pub fn niceness(pid: u32, thread: u32) -> Result<i64> {
         .with_context(|| format!("thread {thread} is gone"))
 }
 
+/// The kernel's number of SCHED_BATCH: what wakes up under it takes no processor away from others.
+const BATCH: i64 = 3;
+
+/// Scheduling policy of one thread.
+fn policy(pid: u32, thread: u32) -> Result<i64> {
+    stat_field(Path::new(&format!("/proc/{pid}/task/{thread}")), 41)
+        .with_context(|| format!("thread {thread} is gone"))
+}
+
 /// Nanoseconds that a thread has run, and that it was runnable and waited for a CPU.
 pub fn schedule(pid: u32, thread: u32) -> Result<(u64, u64)> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/task/{thread}/schedstat"))?;
@@ -152,8 +161,8 @@ pub fn autogroup(pid: u32) -> Result<Option<i64>> {
     }
 }
 
-/// Fails unless a process gives way as asked: every thread at that nice value and I/O class (class << 13), another session
-/// than this process's, whose autogroup is as nice, and first to be killed when memory runs out. Returns the number of threads.
+/// Fails unless a process gives way as asked: every thread at that nice value and I/O class (class << 13), none that takes a
+/// processor away by waking up where it is to be nice at all, another session than this process's, whose autogroup is as nice, and first to be killed when memory runs out. Returns the number of threads.
 pub fn gives_way(pid: u32, nice: i64, io_class: i64) -> Result<usize> {
     let threads = threads(pid)?;
     for thread in &threads {
@@ -161,6 +170,12 @@ pub fn gives_way(pid: u32, nice: i64, io_class: i64) -> Result<usize> {
         anyhow::ensure!(
             found == nice,
             "thread {thread} of {}: nice {found}, not {nice}",
+            threads.len()
+        );
+        let (found, wanted) = (policy(pid, *thread)?, if nice > 0 { BATCH } else { 0 });
+        anyhow::ensure!(
+            found == wanted,
+            "thread {thread} of {}: scheduling policy {found}, not {wanted}",
             threads.len()
         );
         let found = io_priority(*thread)? >> 13;

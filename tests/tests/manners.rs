@@ -71,7 +71,13 @@ fn broken(dir: &Path, means: Means) -> Result<(Node, Worker)> {
 
 #[test]
 fn a_worker_without_any_one_of_the_means_is_found_out() -> Result<()> {
-    for means in [Means::Setpriority, Means::Ioprio, Means::ProcWrites] {
+    let all = [
+        Means::Setpriority,
+        Means::Setscheduler,
+        Means::Ioprio,
+        Means::ProcWrites,
+    ];
+    for means in all {
         let dir = tempfile::tempdir()?;
         let (_node, worker) = broken(dir.path(), means)?;
         match procfs::gives_way(worker.pid(), i64::from(NICE), IDLE) {

@@ -145,6 +145,11 @@ fn apply_to(thread: i32, limits: &WorkerLimits) -> io::Result<()> {
         Err(rustix::io::Errno::ACCESS | rustix::io::Errno::PERM) => {}
         result => result?,
     }
+    match sys::set_batch(thread, limits.niceness > 0) {
+        // Somebody has made it kinder still: only ranking before it needs a right.
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => {}
+        result => result?,
+    }
     sys::set_io_priority(thread, limits.io.number())
 }
 

@@ -125,6 +125,25 @@ pub(crate) fn on_termination(act: impl FnOnce() + Send + 'static) -> io::Result<
         .map(drop)
 }
 
+/// Whether one thread (0 = the calling one) takes no processor away from another at the moment it wakes up, nice value and
+/// all else as they were.
+pub(crate) fn set_batch(thread: i32, batch: bool) -> io::Result<()> {
+    let policy = if batch {
+        libc::SCHED_BATCH
+    } else {
+        libc::SCHED_OTHER
+    };
+    // The kernel's `sched_param` of both policies: a priority of 0.
+    let priority: libc::c_int = 0;
+    // SAFETY: the last argument is a live integer that the kernel reads.
+    let result = unsafe { libc::syscall(libc::SYS_sched_setscheduler, thread, policy, &raw const priority) };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
 const IOPRIO_WHO_PROCESS: libc::c_int = 1;
 
 /// Sets the I/O priority of one thread (0 = the calling one) to the kernel's number.
