@@ -22,6 +22,12 @@ pub(crate) enum ProbeError {
         /// Its name.
         name: String,
     },
+    /// A CRD is on its way out, with every object of it.
+    #[error("CustomResourceDefinition {name} is being deleted: once it is gone, {APPLY}")]
+    Leaving {
+        /// Its name.
+        name: String,
+    },
     /// A CRD can't be read.
     #[error("CustomResourceDefinition {name} can't be read: let the operator get it")]
     Crd {
@@ -54,7 +60,10 @@ impl ProbeError {
     /// Whether someone has to do something about it; else the API server only wasn't reached.
     pub(crate) fn stands(&self) -> bool {
         match self {
-            ProbeError::Missing { .. } | ProbeError::Older { .. } | ProbeError::NotEnforced { .. } => true,
+            ProbeError::Missing { .. }
+            | ProbeError::Leaving { .. }
+            | ProbeError::Older { .. }
+            | ProbeError::NotEnforced { .. } => true,
             ProbeError::Crd { source, .. } | ProbeError::DryRun(source) => {
                 matches!(&**source, kube::Error::Api(status) if status.code < 500 && status.code != 429)
             }
@@ -172,6 +181,9 @@ pub(crate) async fn crds(client: &Client) -> Result<(), ProbeError> {
                 });
             }
         };
+        if installed.metadata.deletion_timestamp.is_some() {
+            return Err(ProbeError::Leaving { name });
+        }
         if let Some(what) = missing(wanted, &installed) {
             return Err(ProbeError::Older { name, what });
         }

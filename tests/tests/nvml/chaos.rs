@@ -40,6 +40,8 @@ fn however_often_the_driver_hangs_every_heartbeat_is_on_time_and_no_thread_or_de
             Ok((procfs::threads(agent)?.len(), descriptors))
         };
         let before = open()?;
+        // On a busy machine a good driver may be late, too.
+        let earlier = silences(&process.log());
         let (from, began) = (bench.cluster.control.now(), Instant::now());
         let wanted = runs();
         scenario.chaos = Some(Chaos { seed: 1, within: 60 });
@@ -57,8 +59,10 @@ fn however_often_the_driver_hangs_every_heartbeat_is_on_time_and_no_thread_or_de
                 let now = open()?;
                 let (threads, descriptors) = most.get();
                 most.set((threads.max(now.0), descriptors.max(now.1)));
-                let seen = silences(&process.log());
-                ensure!(seen >= wanted, "{seen} after {:?}", began.elapsed());
+                let seen = silences(&process.log()) - earlier;
+                // Some renewals must fall into it, however soon it is over.
+                let long = began.elapsed() >= Duration::from_secs(5);
+                ensure!(seen >= wanted && long, "{seen} after {:?}", began.elapsed());
                 Ok(())
             },
         )
