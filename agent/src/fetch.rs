@@ -222,7 +222,6 @@ fn behave(manners: Manners) -> io::Result<()> {
         let Some(thread) = thread else { continue };
         // A thread may have ended; one that may not be raised stays kinder than asked.
         let _ = rustix::process::setpriority_process(Pid::from_raw(thread), i32::from(manners.niceness));
-        let _ = sys::set_batch(thread, manners.niceness > 0);
         let _ = sys::set_io_priority(thread, manners.io.number());
     }
     Ok(())

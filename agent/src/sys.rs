@@ -2,10 +2,7 @@
 //!
 //! Owns: children that die with the thread that started them. Must not decide what is started.
 
-#![expect(
-    unsafe_code,
-    reason = "pre_exec, ioprio_set and sched_setscheduler have no safe form"
-)]
+#![expect(unsafe_code, reason = "pre_exec and ioprio_set have no safe form")]
 
 use rustix::process::{Signal, getppid, set_parent_process_death_signal};
 use std::io;
@@ -37,24 +34,6 @@ const IOPRIO_WHO_PROCESS: libc::c_int = 1;
 pub(crate) fn set_io_priority(thread: i32, value: i32) -> io::Result<()> {
     // SAFETY: three integers; the kernel checks them and touches no memory of ours.
     let result = unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, thread, value) };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
-}
-
-/// Has one thread take no processor away from another at the moment it wakes up, or be as others again.
-pub(crate) fn set_batch(thread: i32, batch: bool) -> io::Result<()> {
-    let policy = if batch {
-        libc::SCHED_BATCH
-    } else {
-        libc::SCHED_OTHER
-    };
-    // The kernel's `sched_param` of both policies: a priority of 0.
-    let priority: libc::c_int = 0;
-    // SAFETY: the last argument is a live integer that the kernel reads.
-    let result = unsafe { libc::syscall(libc::SYS_sched_setscheduler, thread, policy, &raw const priority) };
     if result == 0 {
         Ok(())
     } else {

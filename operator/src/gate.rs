@@ -1,7 +1,8 @@
 //! The last door before the connection.
 //!
 //! Owns: refusing writes while this process does not lead (or is about to stop leading), deadlines of calls that are
-//! not watches, counting calls. Must not: know what the calls mean.
+//! not watches, counting calls; and what the election knows that others need: the term, and gaps in what it hears. Must
+//! not: know what the calls mean.
 
 use crate::clock::{Host, within};
 use crate::metrics::Metrics;

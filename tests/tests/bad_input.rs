@@ -11,7 +11,7 @@ use gogrid_testmodels::quant::TensorType;
 use gogrid_testmodels::random::RandomLlama;
 use gogrid_tests::cluster::{Cluster, ClusterOptions, NAMESPACE, on_runtime, record};
 use gogrid_tests::controlplane::ControlPlane;
-use gogrid_tests::jobs::{Questions, sha256, spec};
+use gogrid_tests::jobs::{Questions, sha256, spec, succeeded};
 use gogrid_tests::procfs;
 use gogrid_tests::wait::eventually;
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Node};
@@ -312,12 +312,7 @@ fn a_malformed_record_fails_alone_with_its_line_number_and_max_failed_records_de
             .create_job("default", "malformed", spec(&lines, "malformed")?)
             .await?;
         let job = cluster.until_finished(&job, LONG).await?;
-        let status = job.status.clone().unwrap_or_default();
-        ensure!(
-            condition::is_true(&status.conditions, "Succeeded"),
-            "{:?}",
-            status.conditions
-        );
+        succeeded(&job)?;
         let results = cluster.results(&job).await?;
         ensure!(results.len() == 3, "{results:?}");
         let failed: Vec<_> = results.iter().filter(|r| !r["error"].is_null()).collect();
@@ -429,17 +424,7 @@ async fn slow_running(cluster: &Cluster, namespace: &str, name: &str) -> Result<
     let mut slow = spec(&Questions::new(4, 200).lines(), name)?;
     slow["profileName"] = json!("conservative");
     let job = cluster.create_job(namespace, name, slow).await?;
-    cluster
-        .until(&job, "the job to be Loaded", LONG, |job| {
-            let status = job.status.clone().unwrap_or_default();
-            ensure!(
-                condition::is_true(&status.conditions, "Loaded"),
-                "{:?}",
-                status.conditions
-            );
-            Ok(())
-        })
-        .await
+    cluster.until_reason(&job, "Loaded", "Loaded", LONG).await
 }
 
 async fn nothing_left(cluster: &Cluster, job: &InferenceJob) -> Result<()> {

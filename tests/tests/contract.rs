@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result, ensure};
 use gogrid_api::{InferenceJob, InferenceJobStatus, condition, names};
 use gogrid_tests::cluster::{Cluster, ClusterOptions, on_runtime, tenths_of_lease};
 use gogrid_tests::controlplane::ControlPlane;
-use gogrid_tests::jobs::{Questions, short, spec};
+use gogrid_tests::jobs::{Questions, short, spec, succeeded};
 use gogrid_tests::procfs;
 use gogrid_tests::wait::{eventually, throughout};
 use kube::ResourceExt as _;
@@ -97,11 +97,7 @@ fn a_queue_admits_a_job_evicts_it_and_admits_it_elsewhere_with_what_it_had_done_
         again.await?;
         let job = cluster.until_finished(&job, LONG).await?;
         let status = job.status.clone().unwrap_or_default();
-        ensure!(
-            condition::is_true(&status.conditions, "Succeeded"),
-            "{}",
-            short(&status.conditions)
-        );
+        succeeded(&job)?;
         let node = status.placement.as_ref().map(|p| p.node_name.as_str());
         ensure!(
             (status.epoch, node) == (2, Some("node-2")),

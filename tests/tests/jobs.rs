@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, ensure};
 use gogrid_api::{Assignment, condition};
 use gogrid_tests::cluster::{Cluster, ClusterOptions, NAMESPACE, on_runtime};
 use gogrid_tests::controlplane::ControlPlane;
-use gogrid_tests::jobs::{Questions, spec};
+use gogrid_tests::jobs::{Questions, spec, succeeded};
 use gogrid_tests::wait::eventually;
 use k8s_openapi::api::core::v1::ConfigMap;
 use kube::ResourceExt as _;
@@ -85,12 +85,7 @@ fn twenty_jobs_on_three_agents_all_finish_right_and_batches_fill_to_the_profiles
         for (job, questions) in jobs {
             let job = cluster.until_finished(&job, LONG).await?;
             let status = job.status.clone().unwrap_or_default();
-            ensure!(
-                condition::is_true(&status.conditions, "Succeeded"),
-                "{}: {:?}",
-                job.name_any(),
-                status.conditions
-            );
+            succeeded(&job)?;
             let results = cluster.results(&job).await?;
             let right = questions.right(&results)?;
             ensure!(right * 100 >= 40 * 95, "{}: {right} of 40 right", job.name_any());

@@ -63,15 +63,7 @@ async fn the_worker(cluster: &Cluster, node: &str) -> Result<Seen> {
 
 async fn until_running(cluster: &Cluster, job: &InferenceJob) -> Result<()> {
     cluster
-        .until(job, "the job to be Loaded", LONG, |job| {
-            let status = job.status.clone().unwrap_or_default();
-            ensure!(
-                gogrid_api::condition::is_true(&status.conditions, "Loaded"),
-                "{:?}",
-                status.conditions
-            );
-            Ok(())
-        })
+        .until_reason(job, "Loaded", "Loaded", LONG)
         .await
         .map(drop)
 }

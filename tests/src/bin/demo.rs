@@ -191,17 +191,7 @@ async fn profile_edit(cluster: &Cluster) -> Result<()> {
         .create_input("default", "long-input", &questions.lines())
         .await?;
     let job = cluster.create_job("default", "long-job", spec).await?;
-    let job = cluster
-        .until(&job, "the long job to be Loaded", LONG, |job| {
-            let status = job.status.clone().unwrap_or_default();
-            ensure!(
-                condition::is_true(&status.conditions, "Loaded"),
-                "{:?}",
-                status.conditions
-            );
-            Ok(())
-        })
-        .await?;
+    let job = cluster.until_reason(&job, "Loaded", "Loaded", LONG).await?;
     let node = job
         .status
         .clone()

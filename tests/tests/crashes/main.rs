@@ -14,10 +14,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use gogrid_api::{InferenceJob, condition};
+use gogrid_api::InferenceJob;
 use gogrid_tests::cluster::{Cluster, ClusterOptions, lease_seconds, on_runtime, program, tenths_of_lease};
 use gogrid_tests::controlplane::ControlPlane;
-use gogrid_tests::jobs::{Questions, spec};
+use gogrid_tests::jobs::{Questions, spec, succeeded};
 use gogrid_tests::ports;
 use gogrid_tests::procfs;
 use gogrid_tests::wait::eventually;
@@ -141,12 +141,7 @@ async fn finished_right(
     questions: &Questions,
 ) -> Result<InferenceJob> {
     let job = cluster.until_finished(job, LONG).await?;
-    let status = job.status.clone().unwrap_or_default();
-    ensure!(
-        condition::is_true(&status.conditions, "Succeeded"),
-        "{:?}",
-        status.conditions
-    );
+    succeeded(&job)?;
     questions.right(&cluster.results(&job).await?)?;
     Ok(job)
 }
@@ -163,17 +158,7 @@ async fn slow_job_with_a_worker(
         spec["placement"] = json!({"nodeSelector": {"kubernetes.io/hostname": node}});
     }
     let job = cluster.create_job("default", name, spec).await?;
-    let job = cluster
-        .until(&job, "the job to be Loaded", LONG, |job| {
-            let status = job.status.clone().unwrap_or_default();
-            ensure!(
-                condition::is_true(&status.conditions, "Loaded"),
-                "{:?}",
-                status.conditions
-            );
-            Ok(())
-        })
-        .await?;
+    let job = cluster.until_reason(&job, "Loaded", "Loaded", LONG).await?;
     let node = job
         .status
         .clone()

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use gogrid_api::{InferenceJob, condition, names};
+use gogrid_api::{InferenceJob, names};
 use gogrid_tests::cluster::{Cluster, ClusterOptions, tenths_of_lease};
 use gogrid_tests::controlplane::{AuditEvent, ControlPlane};
 use gogrid_tests::jobs::{Questions, lasting, short, spec, succeeded};
@@ -131,15 +131,7 @@ impl World {
         let job = self.cluster.create_job("default", name, spec).await?;
         let job = self
             .cluster
-            .until(&job, "the job to be Loaded", long(), |job| {
-                let status = job.status.clone().unwrap_or_default();
-                ensure!(
-                    condition::is_true(&status.conditions, "Loaded"),
-                    "{}",
-                    short(&status.conditions)
-                );
-                Ok(())
-            })
+            .until_reason(&job, "Loaded", "Loaded", long())
             .await?;
         let placement = job.status.clone().and_then(|s| s.placement);
         let node = placement.context("no placement")?.node_name;

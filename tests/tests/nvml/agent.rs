@@ -210,18 +210,7 @@ fn a_driver_that_hangs_vanishes_or_is_released_is_a_condition_and_jobs_on_the_cp
                 spec(&questions.lines(), "beside-a-driver")?,
             )
             .await?;
-        bench
-            .cluster
-            .until(&job, "the job to be Loaded", LONG, |job| {
-                let status = job.status.clone().unwrap_or_default();
-                ensure!(
-                    condition::is_true(&status.conditions, "Loaded"),
-                    "{:?}",
-                    status.conditions
-                );
-                Ok(())
-            })
-            .await?;
+        bench.cluster.until_reason(&job, "Loaded", "Loaded", LONG).await?;
 
         scenario.hang = vec!["nvmlDeviceGetMemoryInfo_v2".into()];
         bench.set(&scenario)?;
