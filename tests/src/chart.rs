@@ -12,9 +12,9 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use http::HeaderName;
-use kube::Client;
 use kube::api::{Api, DynamicObject, PostParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::{Client, ResourceExt as _};
 use serde_json::{Value, json};
 use tokio::process::Command;
 
@@ -188,6 +188,26 @@ pub async fn install(control_plane: &ControlPlane, namespace: &str, values: &Val
     until_confinement_is(control_plane, namespace, true).await?;
     let intruder = client_as(control_plane, INTRUDER, &[]).await?;
     until_refused("the one-writer binding to be active", || try_gpu_node(&intruder)).await
+}
+
+/// What [`admit_node`] calls the kubeconfig of that node's agent.
+pub(crate) fn agent_kubeconfig_name(node: &str) -> String {
+    format!("agent-{node}")
+}
+
+/// Makes a node with these labels and what its agent needs: a pod on it, a token bound to that and a kubeconfig.
+pub async fn admit_node(
+    control_plane: &ControlPlane,
+    namespace: &str,
+    node: &str,
+    labels: &[(&str, &str)],
+) -> Result<PathBuf> {
+    control_plane.create_node_with(node, labels, &[]).await?;
+    let pod = control_plane.create_agent_pod(node, namespace, AGENT).await?;
+    let token = control_plane
+        .token_bound_to_pod(namespace, AGENT, &pod.name_any())
+        .await?;
+    control_plane.kubeconfig_for_token_file(&agent_kubeconfig_name(node), &token)
 }
 
 /// Waits until the confinement of agents to their nodes is in force (`active`) or no longer.

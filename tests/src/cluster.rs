@@ -156,15 +156,8 @@ impl Cluster {
                 .iter()
                 .map(|p| (gogrid_api::names::PROFILE_NODE_LABEL, p.as_str()))
                 .collect();
-            control.create_node_with(node, &label, &[]).await?;
-            let pod = control.create_agent_pod(node, NAMESPACE, chart::AGENT).await?;
-            let token = control
-                .token_bound_to_pod(NAMESPACE, chart::AGENT, &pod.name_any())
-                .await?;
-            agent_kubeconfigs.insert(
-                node.clone(),
-                control.kubeconfig_for_token_file(&agent_kubeconfig_name(node), &token)?,
-            );
+            let kubeconfig = chart::admit_node(&control, NAMESPACE, node, &label).await?;
+            agent_kubeconfigs.insert(node.clone(), kubeconfig);
         }
         Ok(Self {
             control,
@@ -238,7 +231,7 @@ impl Cluster {
     /// As [`Self::start_agent_with`], out there; the cable must lead to this cluster's API server.
     pub fn start_agent_at(&self, outpost: &Outpost, node: &str, more: &[&str]) -> Result<Arc<Process>> {
         let mut command = self.agent_command(node, more)?;
-        let name = agent_kubeconfig_name(node);
+        let name = chart::agent_kubeconfig_name(node);
         command.env(
             "KUBECONFIG",
             self.control.kubeconfig_through(&name, outpost.address())?,
@@ -355,7 +348,8 @@ impl Cluster {
             .collect()
     }
 
-    async fn until_presets(&self) -> Result<()> {
+    /// Waits until the operator has made the preset profiles.
+    pub async fn until_presets(&self) -> Result<()> {
         let profiles: Api<gogrid_api::ResourceProfile> = Api::all(self.client.clone());
         eventually(READY_WITHIN, "the operator to install the presets", || async {
             for (name, _) in gogrid_api::profile::presets() {
@@ -455,10 +449,6 @@ impl Cluster {
     pub async fn results(&self, job: &InferenceJob) -> Result<Vec<Value>> {
         jobs::results(&self.client, job).await
     }
-}
-
-fn agent_kubeconfig_name(node: &str) -> String {
-    format!("agent-{node}")
 }
 
 async fn operator_kubeconfig(control: &ControlPlane, name: &str) -> Result<PathBuf> {

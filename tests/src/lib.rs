@@ -21,6 +21,7 @@ pub mod process;
 pub mod procfs;
 pub mod prometheus;
 pub mod rbac;
+pub mod scale;
 pub mod schemas;
 pub mod server;
 pub mod share;

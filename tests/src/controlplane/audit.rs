@@ -1,6 +1,8 @@
 //! Who asked for what and when, from the API server's audit log.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read as _;
 
 use anyhow::{Context as _, Result};
 use jiff::Timestamp;
@@ -10,7 +12,10 @@ use super::ControlPlane;
 
 /// Where a service account's token says which one it is.
 const CREDENTIAL: &str = "authentication.kubernetes.io/credential-id";
-const OURS: &str = "system:serviceaccount:gogrid-system:";
+/// Where one that is bound to a pod says which node that is on.
+const NODE: &str = "authentication.kubernetes.io/node-name";
+/// What the names of GoGrid's service accounts begin with.
+pub const OURS: &str = "system:serviceaccount:gogrid-system:";
 const READS: [&str; 3] = ["get", "list", "watch"];
 
 /// One finished request.
@@ -24,6 +29,8 @@ pub struct AuditEvent {
     pub user: String,
     /// Which token of that user's it came with; empty for tokens that carry no such mark.
     pub credential: String,
+    /// Node of the pod that the token is bound to; empty for other tokens.
+    pub node: String,
     /// `get`, `list`, `watch`, `create`, `update`, `patch`, `delete` or `deletecollection`.
     pub verb: String,
     /// API group; empty for the core group.
@@ -76,12 +83,76 @@ struct ResponseStatus {
     code: u16,
 }
 
+impl AuditEvent {
+    /// The finished request that a line of the log tells of, if it does.
+    fn parse(line: &str) -> Result<Option<Self>> {
+        let line: Line = serde_json::from_str(line).with_context(|| format!("audit log line {line:?}"))?;
+        if line.stage != "ResponseComplete" {
+            return Ok(None);
+        }
+        let object = line.object_ref.unwrap_or_default();
+        let mut extra = line.user.extra;
+        let mut marked = |key| extra.remove(key).and_then(|all| all.into_iter().next());
+        Ok(Some(Self {
+            received: line.request_received_timestamp,
+            at: line.stage_timestamp,
+            credential: marked(CREDENTIAL).unwrap_or_default(),
+            node: marked(NODE).unwrap_or_default(),
+            user: line.user.username,
+            verb: line.verb,
+            group: object.api_group,
+            resource: object.resource,
+            subresource: object.subresource,
+            namespace: object.namespace,
+            name: object.name,
+            code: line.response_status.map_or(0, |status| status.code),
+        }))
+    }
+
+    /// Whether it could change anything.
+    pub fn writes(&self) -> bool {
+        !READS.contains(&self.verb.as_str())
+    }
+}
+
+/// A growing audit log, read as it grows.
+pub struct AuditTail {
+    log: File,
+    /// The beginning of a line whose end is yet to be written.
+    half: Vec<u8>,
+}
+
+impl AuditTail {
+    /// Hands over what was finished since the last call. Blocks for as long as reading takes.
+    pub fn more(&mut self, mut take: impl FnMut(AuditEvent)) -> Result<()> {
+        let mut piece = vec![0; 1 << 20];
+        loop {
+            let count = self.log.read(&mut piece)?;
+            if count == 0 {
+                return Ok(());
+            }
+            self.half
+                .extend_from_slice(piece.get(..count).unwrap_or_default());
+            let Some(end) = self.half.iter().rposition(|byte| *byte == b'\n') else {
+                continue;
+            };
+            let rest = self.half.split_off(end + 1);
+            let whole = std::mem::replace(&mut self.half, rest);
+            for line in std::str::from_utf8(&whole)?.lines() {
+                if let Some(event) = AuditEvent::parse(line)? {
+                    take(event);
+                }
+            }
+        }
+    }
+}
+
 impl ControlPlane {
     /// The writes that the API server answered from `since` up to, not including, `until`, refused ones too, in the
     /// log's order. A write is in the log before its sender has the answer.
     pub fn audit_writes(&self, since: Timestamp, until: Timestamp) -> Result<Vec<AuditEvent>> {
         let mut writes = self.audit_requests(since, until)?;
-        writes.retain(|event| !READS.contains(&event.verb.as_str()));
+        writes.retain(AuditEvent::writes);
         Ok(writes)
     }
 
@@ -93,31 +164,17 @@ impl ControlPlane {
         let whole = log.rsplit_once('\n').map_or("", |(whole, _rest)| whole);
         let mut events = Vec::new();
         for line in whole.lines() {
-            let line: Line =
-                serde_json::from_str(line).with_context(|| format!("audit log line {line:?}"))?;
-            if line.stage != "ResponseComplete"
-                || line.stage_timestamp < since
-                || line.stage_timestamp >= until
-            {
-                continue;
-            }
-            let object = line.object_ref.unwrap_or_default();
-            let mark = line.user.extra.get(CREDENTIAL).and_then(|all| all.first());
-            events.push(AuditEvent {
-                received: line.request_received_timestamp,
-                at: line.stage_timestamp,
-                credential: mark.cloned().unwrap_or_default(),
-                user: line.user.username,
-                verb: line.verb,
-                group: object.api_group,
-                resource: object.resource,
-                subresource: object.subresource,
-                namespace: object.namespace,
-                name: object.name,
-                code: line.response_status.map_or(0, |status| status.code),
-            });
+            let event = AuditEvent::parse(line)?;
+            events.extend(event.filter(|event| event.at >= since && event.at < until));
         }
         Ok(events)
+    }
+
+    /// Follows the log from its beginning, holding none of it.
+    pub fn audit_tail(&self) -> Result<AuditTail> {
+        let path = self.layout.audit_log();
+        let log = File::open(&path).with_context(|| format!("opening {}", path.display()))?;
+        Ok(AuditTail { log, half: vec![] })
     }
 
     /// As [`Self::audit_writes`], only those that the API server took, by GoGrid's own accounts.

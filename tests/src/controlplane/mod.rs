@@ -21,7 +21,7 @@ use kube::config::{KubeConfigOptions, Kubeconfig};
 use rustix::process::Signal;
 
 pub use apply::apply_yaml_documents;
-pub use audit::AuditEvent;
+pub use audit::{AuditEvent, AuditTail, OURS};
 pub use binaries::Binaries;
 pub(crate) use binaries::find_set;
 pub(crate) use launch::{DIR_PREFIX as WORK_DIR_PREFIX, random_token};

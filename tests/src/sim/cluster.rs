@@ -6,37 +6,30 @@
 use super::Without;
 use super::kind::{Kind, Place};
 use super::link::{Link, Transport};
-use super::pool::{Ailments, SimulatedModels, USER, Yard, serve};
+use super::node::{Life, MODEL, Node, config, model_file};
+use super::pool::serve;
 use super::rng::Rng;
 use super::server::{Sender, Server};
 use super::store::Verb;
 use super::storm::{MOST_DRIFT, drift};
-use super::time::{Machine, Process, SECOND, Time, lock};
+use super::time::{Machine, Nanos, Process, SECOND, Time, lock};
 use super::truth::Truth;
-use clap::{Args as _, Command, FromArgMatches as _};
-use gogrid_agent::event::{Event, Hub};
+use gogrid_agent::event::Event;
 use gogrid_agent::kube_client::Clients;
-use gogrid_agent::{Agent, End};
 use gogrid_agent_core::session::Session;
-use gogrid_api::assignment::ModelFacts;
-use gogrid_api::node::{Backend, Device, Health, HeldModel};
-use gogrid_api::{Bytes, InferenceJob, LeaseTiming};
+use gogrid_api::{InferenceJob, LeaseTiming};
 use kube::Client;
 use serde_json::{Value, json};
-use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, OnceLock};
 use tokio::sync::watch;
-use tokio::task::JoinHandle;
 
 /// Namespace of jobs.
 pub const TEAM: &str = "team";
 /// GoGrid's own.
 pub(super) const OWN: &str = "gogrid-system";
-/// Memory of every node's one device.
-const TOTAL: u64 = 16 << 30;
-/// What the profile of every node leaves of it to all jobs together, in percent.
-const CAP_PERCENT: u64 = 50;
-/// What one job takes of it.
+/// The longest that getting a model takes, and loading one.
+const LONGEST: (Nanos, Nanos) = (3 * SECOND, 4 * SECOND);
+/// What one job takes of a node's device.
 const MEMORY: u64 = 3 << 30;
 
 /// The program could not be put together.
@@ -46,37 +39,6 @@ pub struct ClusterError(pub String);
 
 pub(super) fn broken(error: impl std::fmt::Display) -> ClusterError {
     ClusterError(error.to_string())
-}
-
-/// One life of a program.
-#[derive(Clone)]
-pub struct Life {
-    /// Its process.
-    pub process: Process,
-    /// Its way to the server.
-    pub link: Arc<Link>,
-}
-
-/// A node.
-pub struct Node {
-    /// Its name.
-    pub name: String,
-    /// Its machine.
-    pub machine: Machine,
-    /// What its workers live in.
-    pub yard: Yard,
-    /// Its agent, while there is one.
-    pub agent: Option<Life>,
-    /// Agents that another one was started beside.
-    pub twins: Vec<Life>,
-    /// Sessions that a later agent knows to be gone, as the record in its state directory says.
-    former: Vec<String>,
-    agents: watch::Sender<Option<Hub>>,
-    kernel: Process,
-    pool: JoinHandle<()>,
-    lives: u32,
-    boots: u32,
-    rng: Rng,
 }
 
 /// An operator.
@@ -106,19 +68,28 @@ pub struct Cluster {
     pub operators: Vec<Control>,
     ended: Arc<Mutex<Vec<usize>>>,
     pub(super) without: Option<Without>,
-    facts: ModelFacts,
 }
 
-fn facts() -> Result<ModelFacts, ClusterError> {
+/// A record of a job; how long it takes is chance where it isn't said.
+pub fn record(job: &str, number: u64, millis: Option<u64>) -> String {
+    let mut body = json!({"prompt": "x"});
+    if let Some(millis) = millis {
+        body[super::worker::MILLIS] = millis.into();
+    }
+    json!({"custom_id": format!("{job}/{number}"), "body": body}).to_string()
+}
+
+/// A job over records of [`record`] that fits every node twice.
+pub fn job(name: &str, lines: Vec<String>) -> Result<InferenceJob, ClusterError> {
     serde_json::from_value(json!({
-        "architecture": "llama", "name": "tiny", "quantization": "Q8_0", "fileBytes": 1_100_000, "weightBytes": 1_000_000,
-        "parameters": 1_000_000, "layers": 4, "embedding": 64, "feedForward": 128, "vocabulary": 512, "contextLength": 4096,
-        "kvBytesPerToken": 1024,
+        "apiVersion": Kind::Job.api_version(), "kind": Kind::Job.name(), "metadata": {"name": name, "namespace": TEAM},
+        "spec": {
+            "model": {"uri": MODEL, "sha256": "0".repeat(64)}, "input": {"inline": lines}, "output": {"configMap": format!("out-{name}")},
+            "memory": {"vram": MEMORY.to_string()}, "backoffLimit": 30,
+        },
     }))
     .map_err(broken)
 }
-
-const MODEL: &str = "file:///models/a.gguf";
 
 fn place(kind: Kind, namespace: &str, name: &str) -> Place {
     Place {
@@ -140,7 +111,7 @@ impl Cluster {
         let time = Time::default();
         let server = Server::new(time.clone());
         let truth = Truth::default();
-        let file = Arc::new(OwnedFd::from(std::fs::File::open("/dev/null").map_err(broken)?));
+        let file = model_file()?;
         let mut cluster = Self {
             time: time.clone(),
             server,
@@ -149,7 +120,6 @@ impl Cluster {
             operators: vec![],
             ended: Arc::default(),
             without,
-            facts: facts()?,
         };
         cluster.furnish(nodes)?;
         // Every fourth time all clocks are as wrong as they may be, in the way that is worst for a lease.
@@ -158,39 +128,8 @@ impl Cluster {
             let name = format!("node-{number}");
             let slow = if worst { -MOST_DRIFT } else { drift(rng) };
             let machine = Machine::new(time.clone(), rng.between(10, 9_000) * SECOND, slow);
-            let yard = Yard {
-                node: name.clone(),
-                machine: machine.clone(),
-                truth: cluster.truth.clone(),
-                cap: TOTAL / 100 * CAP_PERCENT,
-                ailments: Arc::new(Mutex::new(Ailments::default())),
-                alive: Arc::default(),
-                file: Arc::clone(&file),
-                facts: cluster.facts.clone(),
-                stood: Arc::default(),
-            };
-            let (agents, listening) = watch::channel(None);
-            let kernel = Process::new(machine.clone(), rng.split());
-            let pool = kernel.begin(Box::pin(serve(
-                yard.clone(),
-                kernel.clone(),
-                listening,
-                rng.split(),
-            )));
-            cluster.nodes.push(Node {
-                name,
-                machine,
-                yard,
-                agent: None,
-                twins: vec![],
-                former: vec![],
-                agents,
-                kernel,
-                pool,
-                lives: 0,
-                boots: 0,
-                rng: rng.split(),
-            });
+            let node = Node::new(name, machine, &cluster.truth, &file, LONGEST, rng)?;
+            cluster.nodes.push(node);
         }
         for _ in 0..operators {
             let fast = if worst { MOST_DRIFT } else { drift(rng) };
@@ -239,20 +178,9 @@ impl Cluster {
     /// A user asks for a job of that many records.
     pub fn submit(&self, number: usize, records: u64) -> Result<(), ClusterError> {
         let name = format!("j{number}");
-        let line = |n: u64| json!({"custom_id": format!("{name}/{n}"), "body": {"prompt": "x"}}).to_string();
-        let lines: Vec<String> = (1..=records).map(line).collect();
-        let job: InferenceJob = serde_json::from_value(json!({
-            "apiVersion": Kind::Job.api_version(), "kind": Kind::Job.name(), "metadata": {"name": name, "namespace": TEAM},
-            "spec": {
-                "model": {"uri": MODEL, "sha256": "0".repeat(64)}, "input": {"inline": lines}, "output": {"configMap": format!("out-{name}")},
-                "memory": {"vram": MEMORY.to_string()}, "backoffLimit": 30,
-            },
-        }))
-        .map_err(broken)?;
-        self.make(
-            &place(Kind::Job, TEAM, &name),
-            serde_json::to_value(&job).map_err(broken)?,
-        )
+        let lines = (1..=records).map(|n| record(&name, n, None)).collect();
+        let job = serde_json::to_value(job(&name, lines)?).map_err(broken)?;
+        self.make(&place(Kind::Job, TEAM, &name), job)
     }
 
     /// A user changes a job, if it is there and may be.
@@ -304,22 +232,6 @@ impl Cluster {
             };
             Client::new(transport, "default")
         };
-        let host: Arc<dyn gogrid_agent::clock::Host> = Arc::new(process.clone());
-        let flags = gogrid_agent::config::Flags::augment_args(Command::new("agent"))
-            .try_get_matches_from([
-                "agent",
-                "--node-name",
-                &node.name,
-                "--state-dir",
-                "/nowhere",
-                "--model-root",
-                "/models",
-            ])
-            .map_err(broken)?;
-        let flags = gogrid_agent::config::Flags::from_arg_matches(&flags).map_err(broken)?;
-        let mut config = gogrid_agent::config::Config::try_from(flags).map_err(broken)?;
-        config.timing = timing;
-        config.pool_uid = USER;
         let life = if without == Some(Without::Session) {
             0
         } else {
@@ -331,25 +243,10 @@ impl Cluster {
             node.boots
         };
         let session = Session::new(&format!("boot-{boot}"), &format!("life-{life}"));
-        let models = SimulatedModels::new(node.yard.clone(), node.rng.split());
-        let metrics = gogrid_agent::metrics::Metrics::new(Arc::clone(&host), timing).map_err(broken)?;
+        let config = config(&node.name, timing)?;
         let clients = Clients::new(client(15), client(130), client(4));
-        let (hub, events) = Hub::new();
-        let known = session.to_string();
-        let mut agent = Agent::new(config, host, session, clients, Arc::new(models), metrics, 4);
-        agent.former.clone_from(&node.former);
-        node.former.push(known);
-        let (end, own) = (process.clone(), hub.clone());
-        process.begin(Box::pin(async move {
-            let _: End = agent.run(own, events).await;
-            end.kill();
-            lock(&ended).push(number);
-        }));
-        let (inventory, machine, facts) = (hub.clone(), node.machine.clone(), self.facts.clone());
-        process.begin(Box::pin(
-            async move { take_stock(inventory, machine, facts).await },
-        ));
-        node.agents.send_replace(Some(hub));
+        let over = move || lock(&ended).push(number);
+        node.run_agent(&process, config, session, clients, over)?;
         node.agent = Some(Life { process, link });
         Ok(())
     }
@@ -465,36 +362,5 @@ impl Cluster {
         if let Some(life) = &node.agent {
             life.link.hold(frozen);
         }
-    }
-}
-
-/// What an agent is told of its devices and models.
-async fn take_stock(hub: Hub, machine: Machine, facts: ModelFacts) {
-    let quantity = |bytes: u64| Bytes(bytes).into();
-    let device = Device {
-        uuid: gogrid_api::names::CPU_DEVICE.into(),
-        name: "CPU".into(),
-        backend: Backend::Cpu,
-        memory_total: quantity(TOTAL),
-        memory_reserved: quantity(0),
-        memory_foreign: quantity(0),
-        memory_free: quantity(TOTAL),
-        compute_capability: None,
-        health: Health::Healthy,
-        message: None,
-        holder: None,
-    };
-    let model = HeldModel {
-        uri: MODEL.into(),
-        bytes: facts.file_bytes,
-        facts: Some(facts),
-        reason: None,
-        error: None,
-    };
-    hub.send(Event::Devices(Backend::Cuda, vec![])).await;
-    hub.send(Event::Models(vec![model])).await;
-    loop {
-        hub.send(Event::Devices(Backend::Cpu, vec![device.clone()])).await;
-        machine.sleep(10 * SECOND).await;
     }
 }

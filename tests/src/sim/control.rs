@@ -3,9 +3,10 @@
 //! Owns: how the real operator is put on a simulated machine, and what can be done to it. Must not choose what is done.
 
 use super::Without;
-use super::cluster::{Cluster, ClusterError, Life, OWN, broken};
+use super::cluster::{Cluster, ClusterError, OWN, broken};
 use super::kind::Kind;
 use super::link::{Link, Transport};
+use super::node::Life;
 use super::server::Sender;
 use super::time::{Process, SECOND};
 use clap::{Args as _, Command, FromArgMatches as _};

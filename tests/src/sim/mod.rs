@@ -10,6 +10,7 @@ mod control;
 mod feed;
 pub mod kind;
 pub mod link;
+pub mod node;
 pub mod pool;
 pub mod report;
 pub mod rng;

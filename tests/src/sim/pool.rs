@@ -4,7 +4,7 @@
 //! models over a disk that may be slow or full. Must not decide anything.
 
 use super::rng::Rng;
-use super::time::{MILLI, Machine, Nanos, Process, SECOND, lock};
+use super::time::{MILLI, Machine, Nanos, Process, lock};
 use super::truth::Truth;
 use super::worker::{Place, Start, Worker};
 use futures::future::BoxFuture;
@@ -54,6 +54,8 @@ pub struct Yard {
     pub file: Arc<OwnedFd>,
     /// Facts of every model.
     pub facts: ModelFacts,
+    /// The longest that getting a model takes, and loading one.
+    pub longest: (Nanos, Nanos),
     /// Since when the whole machine stands still, and when it stood still before.
     pub stood: Arc<Mutex<Stood>>,
 }
@@ -293,7 +295,7 @@ impl SimulatedModels {
     fn fetch(&self) -> BoxFuture<'static, Result<(), Failure>> {
         let (yard, extra) = (
             self.yard.clone(),
-            lock(&self.rng).mostly_short(5 * MILLI, 3 * SECOND),
+            lock(&self.rng).mostly_short(5 * MILLI, self.yard.longest.0),
         );
         Box::pin(async move {
             let Ailments {

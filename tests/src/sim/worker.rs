@@ -17,6 +17,8 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use tokio::sync::{Notify, oneshot};
 
+/// Where a record's body says how long it takes of a worker, in milliseconds.
+pub(super) const MILLIS: &str = "millis";
 /// Between two reports of its counters.
 const USAGE: Nanos = 5 * SECOND;
 
@@ -229,11 +231,15 @@ impl Worker {
                 .as_deref()
                 .and_then(|id| id.rsplit_once('/'))
                 .map_or("", |(job, _)| job);
+            let left = match record["body"][MILLIS].as_u64() {
+                Some(millis) => millis.saturating_mul(MILLI),
+                None => self.place.rng.between(600 * MILLI, 5 * SECOND),
+            };
             self.task = Some(Task {
                 line,
                 job: job.to_owned(),
                 custom_id,
-                left: self.place.rng.between(600 * MILLI, 5 * SECOND),
+                left,
                 began: None,
             });
         } else if self.draining && !self.drained {
@@ -295,7 +301,7 @@ impl Worker {
             Ok(ToWorker::Load { memory, .. }) => {
                 let Yard { truth, node, cap, .. } = &self.place.yard;
                 truth.takes(node, self.place.number, memory, *cap);
-                let long = self.place.rng.mostly_short(20 * MILLI, 4 * SECOND);
+                let long = self.place.rng.mostly_short(20 * MILLI, self.place.yard.longest.1);
                 self.loading = Some((long, memory));
             }
             Ok(ToWorker::Limits(limits)) => {
