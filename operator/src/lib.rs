@@ -12,6 +12,7 @@ pub mod gate;
 mod guarded;
 mod housing;
 mod inputs;
+mod jobs;
 mod leader;
 pub mod metrics;
 mod models;

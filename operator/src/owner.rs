@@ -26,6 +26,8 @@ use tokio::sync::{Semaphore, mpsc, watch};
 const LONGEST_PAUSE: u64 = 30_000;
 /// How often an input that can't be used is looked at again.
 const INPUT_AGAIN: u64 = 3_000;
+/// Shortest time between two writes of a profile.
+const PROFILES: u64 = 250;
 /// Shortest time between two writes of a profile's counts.
 const PROFILE_COUNTS: u64 = 5_000;
 
@@ -64,6 +66,8 @@ pub(crate) struct Owner {
     busy: BTreeMap<String, Option<Claim>>,
     profiles_busy: BTreeSet<String>,
     profiles_written: BTreeMap<String, Millis>,
+    /// When the profiles' counts were last looked at.
+    profiles_seen: Option<Millis>,
     has_inputs: BTreeSet<String>,
     missing_since: BTreeMap<String, Millis>,
     /// Times that the API server was out of reach, as far as nodes were given time after them.
@@ -102,6 +106,7 @@ impl Owner {
             busy: BTreeMap::new(),
             profiles_busy: BTreeSet::new(),
             profiles_written: BTreeMap::new(),
+            profiles_seen: None,
             has_inputs: BTreeSet::new(),
             missing_since: BTreeMap::new(),
             gaps: 0,
@@ -374,7 +379,10 @@ impl Owner {
     fn judge(&mut self, uid: &str, key: &str, step: &'static str, error: Option<StepError>) {
         let now = self.host.mono();
         let Some(error) = error else {
-            if let Some(memory) = self.memory.get_mut(uid) {
+            if step == "CleanUp" {
+                // Nothing will be done for it any more.
+                self.memory.remove(uid);
+            } else if let Some(memory) = self.memory.get_mut(uid) {
                 memory.failures = 0;
                 memory.not_before = Millis(0);
             }
@@ -431,6 +439,12 @@ impl Owner {
     }
 
     fn write_profiles(&mut self, now: Millis) {
+        // No sooner than anything could be written: it is a look at every node.
+        let soon = |at: Millis| now.0.saturating_sub(at.0) < PROFILES;
+        if self.profiles_seen.is_some_and(soon) {
+            return;
+        }
+        self.profiles_seen = Some(now);
         for (name, status) in profiles::statuses(&self.store, self.host.wall().as_second()) {
             let Some(profile) = self
                 .store
@@ -444,7 +458,7 @@ impl Owner {
             let counts_only = (&old.conditions, old.nodes_matched, old.nodes_applied)
                 == (&status.conditions, status.nodes_matched, status.nodes_applied);
             let last = self.profiles_written.get(&name).map_or(0, |at| at.0);
-            let early = now.0.saturating_sub(last) < if counts_only { PROFILE_COUNTS } else { 250 };
+            let early = now.0.saturating_sub(last) < if counts_only { PROFILE_COUNTS } else { PROFILES };
             if old == status || (last > 0 && early) {
                 continue;
             }

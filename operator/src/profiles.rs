@@ -38,15 +38,13 @@ pub(crate) fn statuses(store: &Store, now: i64) -> BTreeMap<String, ResourceProf
             })
         };
         let applied = nodes.iter().filter(in_force).count();
-        let unfinished = store.jobs.values().filter(|j| {
+        let unfinished = store.jobs.live().filter(|(_, j)| {
             let status = j.status.as_ref();
-            let finished = status.is_some_and(|s| condition::is_true(&s.conditions, conditions::FINISHED));
             let placed = status
                 .filter(|s| condition::is_true(&s.conditions, conditions::PLACED))
                 .and_then(|s| s.placement.as_ref());
-            !finished
-                && (j.spec.profile_name.as_ref() == Some(name)
-                    || placed.is_some_and(|p| nodes.contains(p.node_name.as_str())))
+            j.spec.profile_name.as_ref() == Some(name)
+                || placed.is_some_and(|p| nodes.contains(p.node_name.as_str()))
         });
         let count = |n: usize| i32::try_from(n).unwrap_or(i32::MAX);
         let mut status = profile.status.clone().unwrap_or_default();

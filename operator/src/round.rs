@@ -73,12 +73,19 @@ impl<'a> Round<'a> {
         let models = Models::new(self.store, self.now);
         let none = vec![];
         let (mut works, mut homeless) = (vec![], Homeless::default());
-        for (uid, job) in &self.store.jobs {
+        // Those that are over are looked at for as long as anything made for them is left.
+        let mut awake: BTreeSet<&str> = self.store.jobs.awake(self.wall).collect();
+        awake.extend(by_job.keys());
+        awake.extend(self.has_inputs.iter().map(String::as_str));
+        for uid in awake {
+            let Some(job) = self.store.jobs.get(uid) else {
+                continue;
+            };
             let resting = self.memory.get(uid).is_some_and(|m| m.not_before > self.now);
             if resting || self.busy.contains_key(uid) {
                 continue;
             }
-            let assignments = by_job.get(uid.as_str()).unwrap_or(&none);
+            let assignments = by_job.get(uid).unwrap_or(&none);
             self.look(uid, job, assignments, &models, &mut works, &mut homeless);
         }
         self.house(&homeless, &mut works);

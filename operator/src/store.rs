@@ -3,6 +3,7 @@
 //! Owns: the newest version of every watched object, and the planner's world built from them. One task owns it.
 //! Must not: call the API server or decide anything.
 
+use crate::jobs::Jobs;
 use crate::observe::{Change, KINDS, LeaseInfo, NodeInfo, Observation, PriorityInfo};
 use crate::validate::canonical;
 use gogrid_api::assignment::{Kind, State};
@@ -33,7 +34,7 @@ pub(crate) struct Claim {
 
 /// The newest version of everything.
 pub(crate) struct Store {
-    pub(crate) jobs: BTreeMap<String, InferenceJob>,
+    pub(crate) jobs: Jobs,
     pub(crate) assignments: BTreeMap<String, Assignment>,
     pub(crate) gpu_nodes: BTreeMap<String, GpuNode>,
     pub(crate) profiles: BTreeMap<String, ResourceProfile>,
@@ -67,7 +68,7 @@ fn not_older<K: Resource>(old: &K, new: &K) -> bool {
 impl Store {
     pub(crate) fn new(liveness: Liveness) -> Self {
         Self {
-            jobs: BTreeMap::new(),
+            jobs: Jobs::default(),
             assignments: BTreeMap::new(),
             gpu_nodes: BTreeMap::new(),
             profiles: BTreeMap::new(),
@@ -162,7 +163,11 @@ impl Store {
         match change {
             Change::Changed(job) => self.put_job(*job),
             Change::Gone(job) => self.drop_job(&uid(&*job)),
-            other => take(&mut self.jobs, &mut self.listed, "InferenceJob", other, uid),
+            Change::Listed(all) => {
+                self.jobs.replace(all.into_iter().map(|job| (uid(&job), job)));
+                self.listed.insert("InferenceJob");
+            }
+            Change::Blind => {}
         }
     }
 
@@ -276,10 +281,9 @@ impl Store {
     /// `pending` ones whose write is on its way.
     fn claims(&self, pending: &BTreeMap<String, Claim>) -> Vec<Claim> {
         let mut claims: BTreeMap<(String, i64), Claim> = BTreeMap::new();
-        for (job_uid, job) in &self.jobs {
+        for (job_uid, job) in self.jobs.live() {
             let Some(status) = &job.status else { continue };
-            let held = condition::is_true(&status.conditions, conditions::PLACED)
-                && !condition::is_true(&status.conditions, conditions::FINISHED);
+            let held = condition::is_true(&status.conditions, conditions::PLACED);
             if let Some(p) = status.placement.as_ref().filter(|_| held) {
                 claims.insert(
                     (job_uid.clone(), status.epoch),

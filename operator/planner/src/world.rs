@@ -163,7 +163,8 @@ impl World {
 
     /// Promises `bytes` of a device to one more job; unknown devices are no error, they only can't be placed on.
     pub fn promise(&mut self, node: &str, device: &str, bytes: Bytes) {
-        let node = self.nodes.iter_mut().find(|n| n.name == node);
+        let at = self.nodes.binary_search_by(|n| n.name.as_str().cmp(node)).ok();
+        let node = at.and_then(|at| self.nodes.get_mut(at));
         if let Some(device) = node.and_then(|n| n.devices.iter_mut().find(|d| d.uuid == device)) {
             device.used = device.used.saturating_add(bytes);
             device.jobs = device.jobs.saturating_add(1);
