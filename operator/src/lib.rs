@@ -20,6 +20,7 @@ mod observe;
 mod order;
 mod orphans;
 mod owner;
+mod pace;
 mod presets;
 mod probe;
 mod profiles;

@@ -10,6 +10,7 @@ use crate::events::Told;
 use crate::gate::Leadership;
 use crate::metrics::Metrics;
 use crate::observe::{Change, Observation};
+use crate::pace::Pace;
 use crate::presets;
 use crate::profiles;
 use crate::round::{Memory, Round, Work};
@@ -68,6 +69,7 @@ pub(crate) struct Owner {
     profiles_written: BTreeMap<String, Millis>,
     /// When the profiles' counts were last looked at.
     profiles_seen: Option<Millis>,
+    pace: Pace,
     has_inputs: BTreeSet<String>,
     missing_since: BTreeMap<String, Millis>,
     /// Times that the API server was out of reach, as far as nodes were given time after them.
@@ -107,6 +109,7 @@ impl Owner {
             profiles_busy: BTreeSet::new(),
             profiles_written: BTreeMap::new(),
             profiles_seen: None,
+            pace: Pace::default(),
             has_inputs: BTreeSet::new(),
             missing_since: BTreeMap::new(),
             gaps: 0,
@@ -247,7 +250,11 @@ impl Owner {
             term,
         }
         .works();
-        for work in works {
+        let (quiet, rest): (Vec<Work>, Vec<Work>) = works.into_iter().partition(Work::only_shows);
+        let written = |work: &Work| self.memory.get(&work.uid).and_then(|m| m.written);
+        let quiet = quiet.into_iter().map(|work| (written(&work), work)).collect();
+        let quiet = self.pace.admit(now, quiet);
+        for work in rest.into_iter().chain(quiet) {
             self.begin(work);
         }
         self.write_profiles(now);

@@ -45,6 +45,14 @@ pub(crate) struct Work {
     pub(crate) claim: Option<Claim>,
 }
 
+impl Work {
+    /// Whether it does nothing but show how far its job is.
+    pub(crate) fn only_shows(&self) -> bool {
+        let old = self.job.as_ref().and_then(|job| job.status.as_ref());
+        matches!(self.ops.as_slice(), [Op::WriteStatus(new)] if !urgent(old, new))
+    }
+}
+
 /// Everything a turn depends on.
 pub(crate) struct Round<'a> {
     pub(crate) store: &'a Store,
