@@ -19,7 +19,7 @@ pub(crate) struct Jobs {
 }
 
 /// Whether a job is over.
-fn over(job: &InferenceJob) -> bool {
+pub(crate) fn over(job: &InferenceJob) -> bool {
     let status = job.status.as_ref();
     status.is_some_and(|s| condition::is_true(&s.conditions, conditions::FINISHED))
 }

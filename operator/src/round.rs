@@ -162,6 +162,9 @@ impl<'a> Round<'a> {
             priority_missing: class.filter(|name| !self.store.priorities.contains_key(*name)),
             model,
             input,
+            claimed: self
+                .store
+                .claimed(uid, job.status.as_ref().map_or(0, |s| s.epoch)),
             published: memory.published.as_ref(),
             leftovers: !assignments.is_empty() || self.has_inputs.contains(uid),
         };

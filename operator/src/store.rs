@@ -3,7 +3,7 @@
 //! Owns: the newest version of every watched object, and the planner's world built from them. One task owns it.
 //! Must not: call the API server or decide anything.
 
-use crate::jobs::Jobs;
+use crate::jobs::{self, Jobs};
 use crate::observe::{Change, KINDS, LeaseInfo, NodeInfo, Observation, PriorityInfo};
 use crate::validate::canonical;
 use gogrid_api::assignment::{Kind, State};
@@ -42,6 +42,8 @@ pub(crate) struct Store {
     pub(crate) leases: BTreeMap<String, LeaseInfo>,
     pub(crate) priorities: BTreeMap<String, i32>,
     pub(crate) liveness: Liveness,
+    /// The last epoch of each job whose order an agent was seen to have taken up.
+    claimed: BTreeMap<String, i64>,
     listed: BTreeSet<&'static str>,
     gone: BTreeSet<String>,
     gone_order: VecDeque<String>,
@@ -76,6 +78,7 @@ impl Store {
             leases: BTreeMap::new(),
             priorities: BTreeMap::new(),
             liveness,
+            claimed: BTreeMap::new(),
             listed: BTreeSet::new(),
             gone: BTreeSet::new(),
             gone_order: VecDeque::new(),
@@ -175,13 +178,18 @@ impl Store {
         match change {
             Change::Changed(assignment) => self.put_assignment(*assignment),
             Change::Gone(assignment) => self.drop_assignment(&assignment.name_any(), &uid(&*assignment)),
-            other => take(
-                &mut self.assignments,
-                &mut self.listed,
-                "Assignment",
-                other,
-                kube::ResourceExt::name_any,
-            ),
+            other => {
+                if let Change::Listed(all) = &other {
+                    all.iter().for_each(|assignment| self.note_claim(assignment));
+                }
+                take(
+                    &mut self.assignments,
+                    &mut self.listed,
+                    "Assignment",
+                    other,
+                    kube::ResourceExt::name_any,
+                );
+            }
         }
     }
 
@@ -190,13 +198,32 @@ impl Store {
         job.metadata.managed_fields = None;
         let key = uid(&job);
         if !self.gone.contains(&key) && self.jobs.get(&key).is_none_or(|old| not_older(old, &job)) {
+            if jobs::over(&job) {
+                self.claimed.remove(&key);
+            }
             self.jobs.insert(key, job);
         }
+    }
+
+    fn note_claim(&mut self, assignment: &Assignment) {
+        let taken_up = assignment.status.as_ref().is_some_and(|s| s.state.is_some());
+        let job = &assignment.spec.job.uid;
+        if taken_up && assignment.spec.kind == Kind::Run && self.jobs.get(job).is_some_and(|j| !jobs::over(j))
+        {
+            let epoch = self.claimed.entry(job.clone()).or_default();
+            *epoch = assignment.spec.epoch.max(*epoch);
+        }
+    }
+
+    /// Whether an agent was seen to have taken up the order of that epoch.
+    pub(crate) fn claimed(&self, job_uid: &str, epoch: i64) -> bool {
+        self.claimed.get(job_uid) == Some(&epoch)
     }
 
     /// Takes an assignment as a watch or a write brought it, unless a newer version is known.
     pub(crate) fn put_assignment(&mut self, mut assignment: Assignment) {
         assignment.metadata.managed_fields = None;
+        self.note_claim(&assignment);
         let key = assignment.name_any();
         if !self.gone.contains(&uid(&assignment))
             && self
@@ -219,6 +246,7 @@ impl Store {
 
     pub(crate) fn drop_job(&mut self, job_uid: &str) {
         self.jobs.remove(job_uid);
+        self.claimed.remove(job_uid);
         self.remember_gone(job_uid);
     }
 
@@ -402,5 +430,42 @@ fn take<T>(
             map.remove(&key(&object));
         }
         Change::Blind => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use gogrid_api::LeaseTiming;
+    use serde_json::{Value, json};
+
+    fn assignment(version: u32, status: &Value) -> Assignment {
+        serde_json::from_value(json!({
+            "apiVersion": "gogrid.dev/v1alpha1", "kind": "Assignment",
+            "metadata": {"name": "u-1", "uid": "a", "resourceVersion": version.to_string()},
+            "spec": {
+                "kind": "Run", "job": {"namespace": "n", "name": "j", "uid": "u"}, "epoch": 1, "term": 1, "nodeName": "a",
+                "session": "s", "model": {"uri": "file:/m/a", "sha256": "0"}, "contextTokens": 16, "parallelSequences": 1,
+            },
+            "status": status,
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn an_order_that_was_taken_up_is_remembered_although_it_is_gone_until_its_job_is() {
+        let mut store = Store::new(Liveness::new(LeaseTiming::default(), Millis(0)));
+        let job = json!({
+            "apiVersion": "gogrid.dev/v1alpha1", "kind": "InferenceJob", "metadata": {"name": "j", "namespace": "n", "uid": "u"},
+            "spec": {"model": {"uri": "file:/m/a", "sha256": "0"}, "input": {"inline": ["{}"]}, "output": {"configMap": "o"}},
+        });
+        store.put_job(serde_json::from_value(job).unwrap());
+        store.put_assignment(assignment(1, &Value::Null));
+        assert!(!store.claimed("u", 1));
+        store.put_assignment(assignment(2, &json!({"state": "Claimed"})));
+        store.drop_assignment("u-1", "a");
+        assert!(store.claimed("u", 1) && !store.claimed("u", 2));
+        store.drop_job("u");
+        assert!(!store.claimed("u", 1));
     }
 }

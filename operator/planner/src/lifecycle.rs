@@ -86,6 +86,8 @@ pub struct View<'a> {
     pub model: ModelState,
     /// The input.
     pub input: InputState,
+    /// Whether an agent was seen to have taken up the order of the status's epoch, in this process's life.
+    pub claimed: bool,
     /// What became of publishing, in this process's life.
     pub published: Option<&'a Publication>,
     /// Whether anything made for the job is left over.
@@ -304,7 +306,7 @@ pub fn next(view: &View<'_>) -> Next {
         match current {
             Some(run) => placed_step(job, status.attempts, run, lost),
             // Once claimed, an assignment that is gone was deleted by someone, and its chunks with it.
-            None if status.lease.is_some() => Step::Requeue {
+            None if view.claimed || status.lease.is_some() => Step::Requeue {
                 failure: failure(
                     "AssignmentLost",
                     format!("the assignment of epoch {} is gone", status.epoch),

@@ -70,6 +70,7 @@ struct Case {
     priority_missing: Option<&'static str>,
     model: ModelState,
     input: InputState,
+    claimed: bool,
     published: Option<Publication>,
     leftovers: bool,
 }
@@ -90,6 +91,7 @@ impl Case {
             priority_missing: None,
             model: ModelState::Known,
             input: InputState::Staged,
+            claimed: false,
             published: None,
             leftovers: false,
         }
@@ -107,6 +109,7 @@ impl Case {
             priority_missing: self.priority_missing,
             model: self.model.clone(),
             input: self.input.clone(),
+            claimed: self.claimed,
             published: self.published.as_ref(),
             leftovers: self.leftovers,
         })
@@ -181,10 +184,12 @@ fn a_job_on_a_node_that_it_must_leave_is_stopped_once_and_waits_for_another_plac
 fn a_placed_job_without_its_order_gets_it_unless_an_agent_had_claimed_it() {
     let mut case = Case::new(placed(&json!({})), vec![]);
     assert_eq!(case.step(), Step::CreateAssignment);
+    let lost = |case: &Case| matches!(case.step(), Step::Requeue { failure: Failure { reason, .. }, counted: false } if reason == "AssignmentLost");
+    case.claimed = true;
+    assert!(lost(&case), "seen claimed, and nothing worth telling since");
+    case.claimed = false;
     case.job.status.as_mut().unwrap().lease = from_value(json!({"name": "node-a", "holder": "s1"})).unwrap();
-    assert!(
-        matches!(case.step(), Step::Requeue { failure: Failure { reason, .. }, counted: false } if reason == "AssignmentLost")
-    );
+    assert!(lost(&case));
 }
 
 #[test]
