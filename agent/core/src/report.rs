@@ -4,15 +4,33 @@
 //! write anything.
 
 use crate::session::{Nanos, nanos};
+use gogrid_api::assignment::State;
 use gogrid_api::node::Device;
 use gogrid_api::{ByteQuantity, Bytes, GpuNodeStatus, LeaseTiming, Millis};
 
 /// Between two writes caused by memory figures.
 pub const MEMORY_EVERY: Millis = Millis(10_000);
-/// Between two writes caused by profiles or enforcement.
+/// Between two writes caused by profiles.
 pub const PROFILES_EVERY: Millis = Millis(5_000);
 /// Between two writes of whatever cause.
 pub const WRITE_EVERY: Millis = Millis(1_000);
+/// How long getting or loading a model takes before that is worth telling.
+pub const PASSING: Millis = Millis(5_000);
+
+/// Whether an assignment's state that has lasted that long is worth a write. A model that is at hand is got and loaded
+/// within moments, and every write of an agent's is followed by one of the operator's. The claim is always written:
+/// nothing begins before it is accepted.
+pub fn worth_telling(state: State, lasted: Nanos) -> bool {
+    match state {
+        State::Fetching | State::Loading => lasted >= nanos(PASSING),
+        State::Claimed
+        | State::Running
+        | State::Stopping
+        | State::Stopped
+        | State::Succeeded
+        | State::Failed => true,
+    }
+}
 
 /// The figure to publish: the old one unless the new differs by max(256 MiB, 5 % of the device).
 pub fn bucketed(old: Option<Bytes>, new: Bytes, total: Bytes) -> Bytes {
@@ -66,10 +84,7 @@ impl Pace {
         if self.last().is_none_or(|w| w.devices != status.devices) {
             self.memory_at = now;
         }
-        if self
-            .last()
-            .is_none_or(|w| w.profiles != status.profiles || w.enforcement != status.enforcement)
-        {
+        if self.last().is_none_or(|w| w.profiles != status.profiles) {
             self.profiles_at = now;
         }
         self.written = Some((status, now));
@@ -81,7 +96,8 @@ impl Pace {
         written.is_some_and(|(_, at)| now < at.saturating_add(nanos(WRITE_EVERY)))
     }
 
-    /// Whether to write this status now. The heartbeat alone is a reason once per batch interval.
+    /// Whether to write this status now. What changes with every job, heartbeat and rows of limits, is a reason once per
+    /// batch interval.
     pub fn due(&self, status: &GpuNodeStatus, timing: LeaseTiming, now: Nanos) -> bool {
         let Some((last, at)) = &self.written else {
             return true;
@@ -110,9 +126,10 @@ impl Pace {
         at_once
             || (*devices != last.devices
                 && (health(devices) != health(&last.devices) || after(self.memory_at, MEMORY_EVERY)))
-            || ((profiles, enforcement) != (&last.profiles, &last.enforcement)
-                && after(self.profiles_at, PROFILES_EVERY))
-            || (*heartbeat != last.heartbeat && after(*at, timing.heartbeat_batch()))
+            || (*profiles != last.profiles && after(self.profiles_at, PROFILES_EVERY))
+            // Rows of limits also change with every worker that comes or goes.
+            || ((heartbeat, enforcement) != (&last.heartbeat, &last.enforcement)
+                && after(*at, timing.heartbeat_batch()))
     }
 }
 
@@ -149,6 +166,43 @@ mod tests {
         assert_ne!(bucketed(Some(old), Bytes(old.0 + (420 << 20)), total), old);
         let kept = bucketed_devices(&status(1 << 30).devices, status((1 << 30) + 4096).devices);
         assert_eq!(kept, status(1 << 30).devices);
+    }
+
+    #[test]
+    fn workers_that_come_and_go_cause_a_write_once_per_batch_interval_and_a_profile_sooner() {
+        let (timing, second) = (LeaseTiming::default(), 1_000_000_000);
+        let mut pace = Pace::default();
+        pace.wrote(status(1), 0);
+        let mut busy = status(1);
+        busy.enforcement = vec![gogrid_api::node::Enforcement {
+            device: "cpu".into(),
+            limit: "niceness".into(),
+            requested: "15".into(),
+            effective: "15".into(),
+            mechanism: "thread".into(),
+        }];
+        assert!(!pace.due(&busy, timing, 29 * second) && pace.due(&busy, timing, 30 * second));
+        let edited =
+            serde_json::json!([{"name": "a", "generation": 2, "effectiveAt": "1970-01-01T00:00:00Z"}]);
+        busy.profiles = serde_json::from_value(edited).unwrap();
+        assert!(!pace.due(&busy, timing, 4 * second) && pace.due(&busy, timing, 5 * second));
+    }
+
+    #[test]
+    fn getting_and_loading_a_model_is_told_only_where_it_takes_a_while_and_everything_else_at_once() {
+        let second = 1_000_000_000;
+        for state in [State::Fetching, State::Loading] {
+            assert!(!worth_telling(state, 4 * second) && worth_telling(state, 5 * second));
+        }
+        let at_once = [
+            State::Claimed,
+            State::Running,
+            State::Stopping,
+            State::Stopped,
+            State::Succeeded,
+            State::Failed,
+        ];
+        assert!(at_once.iter().all(|state| worth_telling(*state, 0)));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use crate::event::Event;
 use gogrid_agent_core::plan::Phase;
 use gogrid_agent_core::protocol::FromWorker;
 use gogrid_agent_core::report::bucketed_devices;
-use gogrid_agent_core::session::{Nanos, Standing};
+use gogrid_agent_core::session::{Nanos, Standing, nanos};
 use gogrid_api::condition::{self, set_condition};
 use gogrid_api::names::node_lease;
 use gogrid_api::node::{Heartbeat, HeldModel, RunningProgress};
@@ -177,7 +177,9 @@ impl Owner {
         }
     }
 
+    /// How far jobs are that have run for a batch interval; of younger ones the Assignment's own turns say enough.
     fn heartbeat(&self, now: Nanos) -> Option<Heartbeat> {
+        let young = nanos(self.tools.config.timing.heartbeat_batch());
         let live = |name: &String| {
             self.jobs.get(name).is_some_and(|j| {
                 matches!(
@@ -189,7 +191,7 @@ impl Owner {
         let running: Vec<RunningProgress> = self
             .work
             .iter()
-            .filter(|(name, _)| live(name))
+            .filter(|(name, work)| live(name) && work.running_for(now) >= young)
             .take(256)
             .map(|(name, work)| RunningProgress {
                 assignment: name.clone(),

@@ -7,6 +7,7 @@ use super::{Owner, workers};
 use crate::event::{Event, WriteFailure};
 use gogrid_agent_core::plan::{Ending, Job, Phase, Step, Stopping};
 use gogrid_agent_core::protocol::{ToPool, ToWorker, Usage};
+use gogrid_agent_core::report::worth_telling;
 use gogrid_agent_core::results::clip;
 use gogrid_agent_core::session::Nanos;
 use gogrid_api::AssignmentStatus;
@@ -101,6 +102,7 @@ impl Owner {
         if let Some(work) = self.work.get_mut(name) {
             work.status.state = Some(state);
             work.status.session = Some(self.tools.session.clone());
+            work.turned_at = self.tools.host.boottime();
         }
     }
 
@@ -408,7 +410,12 @@ impl Owner {
         {
             return;
         }
-        if work.status.state.is_none() {
+        let lasted = now.saturating_sub(work.turned_at);
+        if work
+            .status
+            .state
+            .is_none_or(|state| !worth_telling(state, lasted))
+        {
             return;
         }
         let status = work.status.clone();

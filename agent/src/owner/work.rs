@@ -74,6 +74,8 @@ pub(crate) struct Work {
     pub(crate) oom_kills: u64,
     /// The status to be written.
     pub(crate) status: AssignmentStatus,
+    /// When its state was set.
+    pub(crate) turned_at: Nanos,
     /// The status last written.
     pub(crate) written: Option<AssignmentStatus>,
     /// The one on its way.
@@ -125,6 +127,7 @@ impl Work {
             loaded_at: None,
             oom_kills: 0,
             status: AssignmentStatus::default(),
+            turned_at: now,
             written: None,
             writing: None,
             retry_at: 0,

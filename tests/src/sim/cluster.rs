@@ -27,8 +27,8 @@ use tokio::sync::watch;
 pub const TEAM: &str = "team";
 /// GoGrid's own.
 pub(super) const OWN: &str = "gogrid-system";
-/// The longest that getting a model takes, and loading one.
-const LONGEST: (Nanos, Nanos) = (3 * SECOND, 4 * SECOND);
+/// The longest that getting a model takes, and loading one: some are worth telling, most are not.
+const LONGEST: (Nanos, Nanos) = (10 * SECOND, 12 * SECOND);
 /// What one job takes of a node's device.
 const MEMORY: u64 = 3 << 30;
 
