@@ -37,6 +37,9 @@ struct Flags {
     /// Keep the control plane's files and all logs there.
     #[arg(long)]
     dir: Option<PathBuf>,
+    /// A flag for the API server, such as --profiling=true; may be repeated.
+    #[arg(long, allow_hyphen_values = true)]
+    api_server_flag: Vec<String>,
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
@@ -61,6 +64,7 @@ fn main() -> Result<()> {
         steady: Duration::from_secs(flags.steady_seconds),
         steady_record: Duration::from_secs(flags.steady_record_seconds),
         dir: flags.dir,
+        api_server_flags: flags.api_server_flag,
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)

@@ -282,6 +282,8 @@ impl Layout {
                 self.path("audit-policy.yaml").display()
             ))
             .arg(format!("--audit-log-path={}", self.audit_log().display()))
+            // One file for good: whoever reads it knows it by its name.
+            .arg("--audit-log-maxsize=1000000")
             .args(&self.api_server_flags);
         Process::start("kube-apiserver", command, &self.path("kube-apiserver.log"))
     }

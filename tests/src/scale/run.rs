@@ -60,6 +60,8 @@ pub struct Options {
     pub steady_record: Duration,
     /// Where logs are kept; nowhere when `None`.
     pub dir: Option<PathBuf>,
+    /// More flags for the API server.
+    pub api_server_flags: Vec<String>,
 }
 
 struct Moment {
@@ -91,6 +93,7 @@ pub async fn run(options: Options) -> Result<Report> {
     )?;
     let control = ControlPlane::start(ControlPlaneOptions {
         dir: options.dir.clone(),
+        api_server_flags: options.api_server_flags.clone(),
         ..ControlPlaneOptions::default()
     });
     let control = Arc::new(control.await?);
