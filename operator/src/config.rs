@@ -45,7 +45,7 @@ pub struct Flags {
     #[arg(long, value_enum, default_value = "json")]
     log_format: LogFormat,
     /// Jobs worked on at the same time.
-    #[arg(long, default_value_t = 8)]
+    #[arg(long, default_value_t = 32)]
     concurrency: u16,
     /// A fault at chosen requests, such as kill-before=3; may be repeated.
     #[cfg(feature = "faults")]

@@ -23,6 +23,8 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{Semaphore, mpsc, watch};
 
+/// From one round to the next at least: what happens meanwhile is one round, for each is a look at every job that lives.
+const REST: Duration = Duration::from_millis(25);
 /// Longest pause after failures.
 const LONGEST_PAUSE: u64 = 30_000;
 /// How often an input that can't be used is looked at again.
@@ -128,6 +130,8 @@ impl Owner {
     ) {
         let period = Duration::from_millis((self.config.timing.lease().0 / 40).clamp(100, 1000));
         let mut tick = self.host.sleep(Duration::ZERO);
+        let mut rest = self.host.sleep(Duration::ZERO);
+        let (mut wanted, mut rests) = (false, false);
         while !*stop.borrow() {
             let mut look = false;
             // In this order: what comes seldom must not wait behind a flood of what comes often.
@@ -140,6 +144,7 @@ impl Owner {
                         self.sweep(term);
                     }
                 }
+                () = &mut rest, if rests => rests = false,
                 () = &mut tick => {
                     tick = self.host.sleep(period);
                     self.tick();
@@ -163,8 +168,11 @@ impl Owner {
                     None => return,
                 },
             }
-            if look {
+            wanted |= look;
+            if wanted && !rests {
                 self.round();
+                rest = self.host.sleep(REST);
+                (wanted, rests) = (false, true);
             }
         }
         self.drain().await;

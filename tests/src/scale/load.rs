@@ -6,7 +6,7 @@
 
 use super::board::{Board, Counts};
 use crate::sim::cluster::TEAM;
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, bail};
 use gogrid_api::InferenceJob;
 use kube::api::{Api, PostParams};
 use kube::{Client, ResourceExt as _};
@@ -78,7 +78,6 @@ pub(super) async fn until(
         if changed.elapsed() >= PATIENCE {
             bail!("nothing changed for {PATIENCE:?} while waiting for {what}: {counts:?}");
         }
-        ensure!(counts.failed == 0, "{} jobs failed: {counts:?}", counts.failed);
         tokio::time::sleep(Duration::from_millis(250)).await;
     }
 }

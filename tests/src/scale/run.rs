@@ -389,6 +389,10 @@ impl Soak {
         if again > 0 {
             wrong.push(format!("{again} times a job was placed again"));
         }
+        let failed = self.board.counts("").failed;
+        if failed > 0 {
+            wrong.push(format!("{failed} jobs failed"));
+        }
         let refused = lock(&self.tally).refused();
         Ok(Report {
             agents: self.options.agents,
