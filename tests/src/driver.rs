@@ -25,6 +25,7 @@ use gogrid_agent_core::protocol::{
     FromPool, FromWorker, Hello, Outcome, PROTOCOL_VERSION, Readback, Role, Sampling, ToPool, ToWorker,
     Usage, WorkerLimits, body_length, decode, encode,
 };
+use gogrid_agent_core::rank::session_rank;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use rustix::time::{ClockId, clock_gettime};
@@ -134,7 +135,8 @@ impl Node {
     pub fn spawn(&mut self, limits: WorkerLimits) -> Result<Worker> {
         let worker = self.next;
         self.next += 1;
-        self.rank(limits.niceness)?;
+        let processors = u16::try_from(std::thread::available_parallelism()?.get())?;
+        self.rank(session_rank(limits.niceness, processors))?;
         let nonce = format!("{worker:064x}");
         let order = ToPool::Spawn {
             worker,

@@ -162,7 +162,7 @@ pub fn autogroup(pid: u32) -> Result<Option<i64>> {
 }
 
 /// Fails unless a process gives way as asked: every thread at that nice value and I/O class (class << 13), none that takes a
-/// processor away by waking up where it is to be nice at all, another session than this process's, whose autogroup is as nice, and first to be killed when memory runs out. Returns the number of threads.
+/// processor away by waking up where it is to be nice at all, another session than this process's, whose autogroup is at least as nice, and first to be killed when memory runs out. Returns the number of threads.
 pub fn gives_way(pid: u32, nice: i64, io_class: i64) -> Result<usize> {
     let threads = threads(pid)?;
     for thread in &threads {
@@ -189,7 +189,7 @@ pub fn gives_way(pid: u32, nice: i64, io_class: i64) -> Result<usize> {
     anyhow::ensure!(session(pid)? != own, "in this process's session");
     let found = autogroup(pid)?;
     anyhow::ensure!(
-        found.is_none_or(|found| found == nice),
+        found.is_none_or(|found| found == nice || nice > 0 && found > nice),
         "autogroup at nice {found:?}, not {nice}"
     );
     let found = oom_score_adj(pid)?;

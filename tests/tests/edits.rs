@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use gogrid_agent_core::rank::session_rank;
 use gogrid_api::{GpuNode, InferenceJob, ResourceProfile};
 use gogrid_testmodels::quant::TensorType;
 use gogrid_testmodels::random::RandomLlama;
@@ -151,6 +152,13 @@ async fn until_in_force(cluster: &Cluster, edit: Edit, within: Duration) -> Resu
             // One that ends meanwhile is none any more.
             if procfs::threads(worker.pid).is_ok() {
                 procfs::gives_way(worker.pid, i64::try_from(edit.niceness)?, edit.class())?;
+                let processors = std::thread::available_parallelism()?.get();
+                let rank = session_rank(i8::try_from(edit.niceness)?, u16::try_from(processors)?);
+                let found = procfs::autogroup(worker.pid)?;
+                ensure!(
+                    found.is_none_or(|found| found == i64::from(rank)),
+                    "autogroup at nice {found:?}, not {rank}"
+                );
             }
         }
         Ok(())

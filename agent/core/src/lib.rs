@@ -11,6 +11,7 @@ pub mod fetch;
 pub mod guest;
 pub mod plan;
 pub mod protocol;
+pub mod rank;
 pub mod report;
 pub mod results;
 pub mod session;

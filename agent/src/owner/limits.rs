@@ -8,6 +8,7 @@ use crate::clock::wall_seconds;
 use gogrid_agent_core::fetch::Manners;
 use gogrid_agent_core::plan::Phase;
 use gogrid_agent_core::protocol::{Readback, ToPool, ToWorker, WorkerId, WorkerLimits};
+use gogrid_agent_core::rank::session_rank;
 use gogrid_agent_core::session::{Nanos, Standing};
 use gogrid_agent_core::shares::{Claim, batch_each, divide};
 use gogrid_agent_core::vram::{Own, Reading};
@@ -144,9 +145,8 @@ impl Owner {
     /// Tells the pool how to rank its session, where that has changed: as the node's ceiling says, which no job's own profile
     /// makes less kind.
     pub(super) fn rank_pool(&mut self) {
-        let Some(niceness) = self.ceiling().map(|node| node.ceiling.niceness.0) else {
-            return;
-        };
+        let Some(node) = self.ceiling() else { return };
+        let niceness = session_rank(node.ceiling.niceness.0, self.tools.threads);
         if self.ranked != Some(niceness)
             && let Some(pool) = &self.pool
             && pool.link.pool(&ToPool::Rank { niceness }).is_ok()
