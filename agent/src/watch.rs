@@ -9,13 +9,13 @@ use crate::event::{Event, Hub};
 use crate::kube_client::{Clients, WATCH_SECONDS};
 use futures::{Stream, StreamExt as _};
 use gogrid_api::effective::NamedProfile;
+use gogrid_api::guarded::Guarded;
 use gogrid_api::{Assignment, GpuNode, ResourceProfile};
 use k8s_openapi::api::core::v1::Node;
-use kube::core::DeserializeGuard;
+use kube::core::PartialObjectMeta;
 use kube::runtime::watcher::{self, Event as Seen, watcher};
-use kube::{Api, Resource, ResourceExt as _};
+use kube::{Api, ResourceExt as _};
 use std::collections::BTreeMap;
-use std::fmt::Debug;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,12 +28,15 @@ fn pause(failures: u32, random: u64) -> Duration {
     Duration::from_millis(base + random % base)
 }
 
-fn stream<K>(host: &Arc<dyn Host>, api: Api<K>, fields: &str) -> impl Stream<Item = Seen<K>> + Send + use<K>
-where
-    K: Resource + Clone + serde::de::DeserializeOwned + Debug + Send + 'static,
-{
-    let config = watcher::Config::default().timeout(WATCH_SECONDS).fields(fields);
-    let start = (Arc::clone(host), Box::pin(watcher(api, config)), 0);
+fn narrowed(fields: &str) -> watcher::Config {
+    watcher::Config::default().timeout(WATCH_SECONDS).fields(fields)
+}
+
+fn lasting<K: Send + 'static>(
+    host: &Arc<dyn Host>,
+    watch: impl Stream<Item = watcher::Result<Seen<K>>> + Send + 'static,
+) -> impl Stream<Item = Seen<K>> + Send + 'static {
+    let start = (Arc::clone(host), Box::pin(watch), 0);
     futures::stream::unfold(start, |(host, mut seen, mut failures)| async move {
         loop {
             match seen.next().await? {
@@ -73,27 +76,22 @@ fn start(
     let client = || clients.watch.clone();
     let mine = format!("spec.nodeName={}", config.node);
     let named = format!("metadata.name={}", config.node);
-    let orders = stream(host, Api::namespaced(client(), &config.namespace), &mine);
+    let orders = watcher(Api::namespaced(client(), &config.namespace), narrowed(&mine));
+    let all = watcher(Api::all(client()), narrowed(""));
+    // Of these two, what the agent wants to know stands in the metadata.
+    let own = watcher(Api::<PartialObjectMeta<Node>>::all(client()), narrowed(&named));
+    let said = watcher(Api::<PartialObjectMeta<GpuNode>>::all(client()), narrowed(&named));
     vec![
-        host.spawn(Box::pin(assignments(orders, hub.clone()))),
-        host.spawn(Box::pin(profiles(
-            stream(host, Api::all(client()), ""),
-            hub.clone(),
-        ))),
-        host.spawn(Box::pin(node(
-            stream(host, Api::all(client()), &named),
-            hub.clone(),
-        ))),
-        host.spawn(Box::pin(gpu_node(
-            stream(host, Api::all(client()), &named),
-            hub.clone(),
-        ))),
+        host.spawn(Box::pin(assignments(lasting(host, orders), hub.clone()))),
+        host.spawn(Box::pin(profiles(lasting(host, all), hub.clone()))),
+        host.spawn(Box::pin(node(lasting(host, own), hub.clone()))),
+        host.spawn(Box::pin(gpu_node(lasting(host, said), hub.clone()))),
     ]
 }
 
-async fn assignments(stream: impl Stream<Item = Seen<DeserializeGuard<Assignment>>>, hub: Hub) {
+async fn assignments(stream: impl Stream<Item = Seen<Guarded<Assignment>>>, hub: Hub) {
     let mut stream = pin!(stream);
-    let whole = |DeserializeGuard(object): DeserializeGuard<Assignment>| match object {
+    let whole = |Guarded(object): Guarded<Assignment>| match object {
         Ok(assignment) => Some(assignment),
         Err(invalid) => {
             let name = invalid.metadata.name.unwrap_or_default();
@@ -120,7 +118,7 @@ async fn assignments(stream: impl Stream<Item = Seen<DeserializeGuard<Assignment
     }
 }
 
-async fn profiles(stream: impl Stream<Item = Seen<DeserializeGuard<ResourceProfile>>>, hub: Hub) {
+async fn profiles(stream: impl Stream<Item = Seen<Guarded<ResourceProfile>>>, hub: Hub) {
     let mut stream = pin!(stream);
     let (mut known, mut complete) = (BTreeMap::new(), false);
     while let Some(seen) = stream.next().await {
@@ -154,7 +152,7 @@ async fn profiles(stream: impl Stream<Item = Seen<DeserializeGuard<ResourceProfi
     }
 }
 
-async fn node(stream: impl Stream<Item = Seen<Node>>, hub: Hub) {
+async fn node(stream: impl Stream<Item = Seen<PartialObjectMeta<Node>>>, hub: Hub) {
     let mut stream = pin!(stream);
     while let Some(seen) = stream.next().await {
         if let Seen::InitApply(node) | Seen::Apply(node) = seen {
@@ -165,7 +163,7 @@ async fn node(stream: impl Stream<Item = Seen<Node>>, hub: Hub) {
     }
 }
 
-async fn gpu_node(stream: impl Stream<Item = Seen<DeserializeGuard<GpuNode>>>, hub: Hub) {
+async fn gpu_node(stream: impl Stream<Item = Seen<PartialObjectMeta<GpuNode>>>, hub: Hub) {
     let mut stream = pin!(stream);
     let mut there = false;
     while let Some(seen) = stream.next().await {

@@ -12,6 +12,7 @@
 pub mod assignment;
 pub mod condition;
 pub mod effective;
+pub mod guarded;
 pub mod job;
 pub mod names;
 pub mod node;

@@ -9,7 +9,6 @@ pub mod clock;
 pub mod config;
 mod events;
 pub mod gate;
-mod guarded;
 mod housing;
 mod inputs;
 mod jobs;

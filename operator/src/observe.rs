@@ -4,9 +4,9 @@
 //! owner. Must not: keep state or decide anything.
 
 use crate::clock::Host;
-use crate::guarded::Guarded;
 use crate::metrics::Metrics;
 use futures::StreamExt as _;
+use gogrid_api::guarded::Guarded;
 use gogrid_api::job::TaintEffect;
 use gogrid_api::names::DRAIN_NODE_ANNOTATION;
 use gogrid_api::{Assignment, GpuNode, InferenceJob, ResourceProfile};

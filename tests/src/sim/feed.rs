@@ -8,7 +8,7 @@ use super::link::Link;
 use super::store::{Change, What};
 use super::time::{Nanos, SECOND, Sleep, Time, lock};
 use bytes::Bytes;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
@@ -31,6 +31,8 @@ pub(super) struct Frames {
 pub struct Feed {
     pub(super) kind: Kind,
     pub(super) selector: Selector,
+    /// Whether only metadata is told.
+    pub(super) partial: bool,
     pub(super) link: Arc<Link>,
     pub(super) frames: Mutex<Frames>,
 }
@@ -161,7 +163,11 @@ impl http_body::Body for WatchBody {
                     frames.bookmark = now + BOOKMARK;
                     self.quiet_since = now;
                     let version = (self.version)().to_string();
-                    let (api, kind) = (feed.kind.api_version(), feed.kind.name());
+                    let (api, kind) = if feed.partial {
+                        PARTIAL
+                    } else {
+                        (feed.kind.api_version(), feed.kind.name())
+                    };
                     let object =
                         json!({"apiVersion": api, "kind": kind, "metadata": {"resourceVersion": version}});
                     let frame = format!("{}\n", json!({"type": "BOOKMARK", "object": object}));
@@ -186,17 +192,28 @@ pub(super) fn expired() -> Bytes {
     Bytes::from(format!("{}\n", json!({"type": "ERROR", "object": status})))
 }
 
-pub(super) fn frame(change: &Change) -> Bytes {
+/// Version and kind of an object of which only the metadata is told.
+pub(super) const PARTIAL: (&str, &str) = ("meta.k8s.io/v1", "PartialObjectMetadata");
+
+pub(super) fn metadata_only(object: &Value) -> Vec<u8> {
+    let (api, kind) = PARTIAL;
+    let partial = json!({"apiVersion": api, "kind": kind, "metadata": object["metadata"]});
+    partial.to_string().into_bytes()
+}
+
+pub(super) fn frame(change: &Change, partial: bool) -> Bytes {
     let what = match change.what {
         What::Added => "ADDED",
         What::Modified => "MODIFIED",
         What::Deleted => "DELETED",
     };
-    let mut text = Vec::with_capacity(change.object.text.len() + 40);
+    let metadata = partial.then(|| metadata_only(&change.object.value));
+    let object = metadata.as_deref().unwrap_or(&change.object.text);
+    let mut text = Vec::with_capacity(object.len() + 40);
     text.extend_from_slice(b"{\"type\":\"");
     text.extend_from_slice(what.as_bytes());
     text.extend_from_slice(b"\",\"object\":");
-    text.extend_from_slice(&change.object.text);
+    text.extend_from_slice(object);
     text.extend_from_slice(b"}\n");
     Bytes::from(text)
 }

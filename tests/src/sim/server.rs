@@ -3,7 +3,7 @@
 //! Owns: the store, who watches what, the collection of what lost its owner, and the record of accepted writes that the
 //! checker reads. Must not: delay or lose anything; `link` does.
 
-use super::feed::{BOOKMARK, Feed, Frames, Sent, WatchBody, expired, frame};
+use super::feed::{BOOKMARK, Feed, Frames, PARTIAL, Sent, WatchBody, expired, frame, metadata_only};
 use super::kind::{Kind, Place, Selector};
 use super::link::Link;
 use super::store::{Change, Refusal, Store, Stored, Verb, What};
@@ -110,10 +110,6 @@ pub fn refusal(refused: &Refusal) -> Response<Sent> {
     answer(*code, Bytes::from(status.to_string()))
 }
 
-fn metadata_only(object: &Value) -> Value {
-    json!({"apiVersion": "meta.k8s.io/v1", "kind": "PartialObjectMetadata", "metadata": object["metadata"]})
-}
-
 impl Server {
     /// An empty one.
     pub fn new(time: Time) -> Self {
@@ -184,10 +180,12 @@ impl Server {
             }
             inner.watchers.retain(|feed| feed.strong_count() > 0);
             let watchers = inner.watchers.iter().filter_map(Weak::upgrade);
-            let mut wanted = watchers.filter(|feed| feed.wants(&change)).peekable();
-            if wanted.peek().is_some() {
-                let text = frame(&change);
-                wanted.for_each(|feed| feed.push(now, &change, &text));
+            let mut texts = [None, None];
+            for feed in watchers.filter(|feed| feed.wants(&change)) {
+                let [whole, metadata] = &mut texts;
+                let text = if feed.partial { metadata } else { whole };
+                let text = text.get_or_insert_with(|| frame(&change, feed.partial));
+                feed.push(now, &change, text);
             }
             if change.what == What::Deleted && matches!(change.kind, Kind::Job | Kind::Assignment) {
                 self.collect(change.object.text_at("/metadata/uid").to_owned());
@@ -272,7 +270,7 @@ impl Server {
                     b"{\"kind\":\"Status\",\"apiVersion\":\"v1\",\"metadata\":{},\"status\":\"Success\"}",
                 ),
             ),
-            Ok(object) if partial => answer(200, Bytes::from(metadata_only(&object.value).to_string())),
+            Ok(object) if partial => answer(200, Bytes::from(metadata_only(&object.value))),
             Ok(object) => answer(if creates { 201 } else { 200 }, object.text.clone()),
         }
     }
@@ -287,7 +285,7 @@ impl Server {
             }
         }
         if asked.watches() {
-            return self.watch(link, place.kind, selector, asked);
+            return self.watch(link, place.kind, selector, asked, partial);
         }
         let inner = lock(&self.inner);
         let store = &inner.store;
@@ -299,7 +297,7 @@ impl Server {
             store.list_at(place.kind, &selector, version)
         };
         let (api, kind) = if partial {
-            ("meta.k8s.io/v1", "PartialObjectMetadata")
+            PARTIAL
         } else {
             (place.kind.api_version(), place.kind.name())
         };
@@ -311,7 +309,7 @@ impl Server {
                 text.push(b',');
             }
             if partial {
-                text.extend_from_slice(metadata_only(&object.value).to_string().as_bytes());
+                text.extend_from_slice(&metadata_only(&object.value));
             } else {
                 text.extend_from_slice(&object.text);
             }
@@ -320,7 +318,14 @@ impl Server {
         answer(200, Bytes::from(text))
     }
 
-    fn watch(&self, link: &Arc<Link>, kind: Kind, selector: Selector, asked: &Asked) -> Response<Sent> {
+    fn watch(
+        &self,
+        link: &Arc<Link>,
+        kind: Kind,
+        selector: Selector,
+        asked: &Asked,
+        partial: bool,
+    ) -> Response<Sent> {
         let number = |key: &str| asked.value(key).and_then(|text| text.parse::<u64>().ok());
         let from = number("resourceVersion").unwrap_or(0);
         let now = self.time.now();
@@ -331,6 +336,7 @@ impl Server {
         let feed = Arc::new(Feed {
             kind,
             selector,
+            partial,
             link: Arc::clone(link),
             frames: Mutex::new(Frames {
                 ready: VecDeque::new(),
@@ -343,7 +349,7 @@ impl Server {
             }),
         });
         for change in inner.store.after(from).filter(|change| feed.wants(change)) {
-            feed.push(now, change, &frame(change));
+            feed.push(now, change, &frame(change, partial));
         }
         inner.watchers.push(Arc::downgrade(&feed));
         link.add(Arc::downgrade(&feed));

@@ -13,7 +13,7 @@ use std::borrow::Cow;
 
 /// An object, or what is wrong with it.
 #[derive(Clone, Debug)]
-pub(crate) struct Guarded<K>(pub(crate) Result<K, InvalidObject>);
+pub struct Guarded<K>(pub Result<K, InvalidObject>);
 
 impl<'de, K: DeserializeOwned> Deserialize<'de> for Guarded<K> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
