@@ -14,6 +14,8 @@ pub const MEMORY_EVERY: Millis = Millis(10_000);
 pub const PROFILES_EVERY: Millis = Millis(5_000);
 /// Between two writes of whatever cause.
 pub const WRITE_EVERY: Millis = Millis(1_000);
+/// Looks at the status in the time between two heartbeats.
+const LOOKS: Nanos = 6;
 /// How long getting or loading a model takes before that is worth telling.
 pub const PASSING: Millis = Millis(5_000);
 
@@ -94,6 +96,15 @@ impl Pace {
     pub fn rests(&self, now: Nanos) -> bool {
         let written = self.written.as_ref();
         written.is_some_and(|(_, at)| now < at.saturating_add(nanos(WRITE_EVERY)))
+    }
+
+    /// When to look at the status again although nothing happened: time alone changes little of it, and the heartbeat is
+    /// not to wait for the next look.
+    pub fn look_at(&self, timing: LeaseTiming, now: Nanos) -> Nanos {
+        let batch = nanos(timing.heartbeat_batch());
+        let look = now.saturating_add(batch / LOOKS);
+        let beat = self.written.as_ref().map(|(_, at)| at.saturating_add(batch));
+        beat.filter(|at| *at > now).map_or(look, |at| at.min(look))
     }
 
     /// Whether to write this status now. What changes with every job, heartbeat and rows of limits, is a reason once per
@@ -212,6 +223,18 @@ mod tests {
         assert!(pace.due(&status(1), timing, 0));
         pace.wrote(status(1), 0);
         assert!(!pace.due(&status(1), timing, u64::MAX));
+    }
+
+    #[test]
+    fn the_status_is_looked_at_now_and_then_and_when_its_heartbeat_is_due() {
+        let timing = LeaseTiming::default();
+        let second = 1_000_000_000;
+        let mut pace = Pace::default();
+        assert_eq!(pace.look_at(timing, 7 * second), 12 * second);
+        pace.wrote(status(1), 10 * second);
+        assert_eq!(pace.look_at(timing, 34 * second), 39 * second);
+        assert_eq!(pace.look_at(timing, 36 * second), 40 * second);
+        assert_eq!(pace.look_at(timing, 40 * second), 45 * second);
     }
 
     #[test]

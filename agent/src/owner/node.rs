@@ -16,8 +16,6 @@ use gogrid_api::{Condition, ConditionStatus, GpuNodeStatus};
 use std::collections::BTreeMap;
 
 const RETRY_NANOS: Nanos = 1_000_000_000;
-/// How often the status is looked at while nothing happens: time alone changes little of it.
-const LOOK_NANOS: Nanos = 1_000_000_000;
 const READY: &str = "Ready";
 const ENDING: &str = "Ending";
 
@@ -95,7 +93,7 @@ impl Owner {
         if !untold && (now < self.node_look_at || self.pace.rests(now)) {
             return;
         }
-        self.node_look_at = now.saturating_add(LOOK_NANOS);
+        self.node_look_at = self.pace.look_at(self.tools.config.timing, now);
         self.refresh(now);
         if !untold && !self.pace.due(&self.status, self.tools.config.timing, now) {
             return;
