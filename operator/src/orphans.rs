@@ -20,7 +20,7 @@ impl<'a> Round<'a> {
             .collect();
         for uid in uids
             .into_iter()
-            .filter(|u| !self.store.jobs.contains_key(*u) && !self.busy.contains_key(*u))
+            .filter(|u| !self.store.jobs.contains_key(u) && !self.busy.contains_key(*u))
         {
             if self.memory.get(uid).is_some_and(|m| m.not_before > self.now) {
                 continue;

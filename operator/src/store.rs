@@ -180,7 +180,9 @@ impl Store {
             Change::Gone(assignment) => self.drop_assignment(&assignment.name_any(), &uid(&*assignment)),
             other => {
                 if let Change::Listed(all) = &other {
-                    all.iter().for_each(|assignment| self.note_claim(assignment));
+                    for assignment in all {
+                        self.note_claim(assignment);
+                    }
                 }
                 take(
                     &mut self.assignments,

@@ -184,10 +184,8 @@ mod tests {
     fn a_percentile_is_a_wait_that_was_measured_and_none_is_never_a_bar_met() {
         let waits: Vec<Duration> = (1..=200).map(Duration::from_millis).collect();
         let latency = Latency::of(&waits);
-        assert_eq!(
-            [latency.p50, latency.p99, latency.most].map(f64::round),
-            [100.0, 198.0, 200.0]
-        );
+        let near = |found: f64, wanted: f64| (found - wanted).abs() < 0.5;
+        assert!(near(latency.p50, 100.0) && near(latency.p99, 198.0) && near(latency.most, 200.0));
         assert!(!Bar::new("p99", 1.0, Latency::of(&[]).p99, "ms").met);
     }
 }

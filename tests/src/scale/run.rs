@@ -280,8 +280,8 @@ impl Soak {
         let from = self.moment().await?;
         let made = (1..=jobs).map(|n| {
             let name = format!("{LOAD}{n:05}");
-            let lines = (1..=records).map(|r| record(&name, r, None)).collect();
-            job(&name, lines)
+            let lines: Vec<String> = (1..=records).map(|r| record(&name, r, None)).collect();
+            job(&name, &lines)
         });
         let made = made.collect::<Result<_, _>>()?;
         let all = until(
@@ -337,8 +337,8 @@ impl Soak {
         let records = 600_000_u64.div_ceil(millis.max(1)).clamp(2, 1_000);
         let made = (1..=agents).map(|n| {
             let name = format!("{STEADY}{n:05}");
-            let lines = (1..=records).map(|r| record(&name, r, Some(millis))).collect();
-            job(&name, lines)
+            let lines: Vec<String> = (1..=records).map(|r| record(&name, r, Some(millis))).collect();
+            job(&name, &lines)
         });
         submit(&self.client, &self.board, made.collect::<Result<_, _>>()?, rate).await?;
         until(

@@ -80,7 +80,7 @@ pub fn record(job: &str, number: u64, millis: Option<u64>) -> String {
 }
 
 /// A job over records of [`record`] that fits every node twice.
-pub fn job(name: &str, lines: Vec<String>) -> Result<InferenceJob, ClusterError> {
+pub fn job(name: &str, lines: &[String]) -> Result<InferenceJob, ClusterError> {
     serde_json::from_value(json!({
         "apiVersion": Kind::Job.api_version(), "kind": Kind::Job.name(), "metadata": {"name": name, "namespace": TEAM},
         "spec": {
@@ -178,8 +178,8 @@ impl Cluster {
     /// A user asks for a job of that many records.
     pub fn submit(&self, number: usize, records: u64) -> Result<(), ClusterError> {
         let name = format!("j{number}");
-        let lines = (1..=records).map(|n| record(&name, n, None)).collect();
-        let job = serde_json::to_value(job(&name, lines)?).map_err(broken)?;
+        let lines: Vec<String> = (1..=records).map(|n| record(&name, n, None)).collect();
+        let job = serde_json::to_value(job(&name, &lines)?).map_err(broken)?;
         self.make(&place(Kind::Job, TEAM, &name), job)
     }
 
