@@ -6,8 +6,9 @@
 use gogrid_api::Millis;
 use std::collections::VecDeque;
 
-/// Most in any second. Twenty are promised of any ten seconds: calls that take different times must not exceed that.
-const MOST: usize = 18;
+/// Most begun in any second. Twenty a second are promised of any ten: an API server that stands still for a moment takes
+/// what was begun meanwhile all at once, and 18 were seen to become 20.4.
+const MOST: usize = 16;
 const SECOND: u64 = 1_000;
 
 /// When the last of them were begun.
@@ -38,7 +39,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     #[test]
-    fn however_many_jobs_run_eighteen_a_second_are_shown_and_each_in_its_turn() {
+    fn however_many_jobs_run_sixteen_a_second_are_shown_and_each_in_its_turn() {
         let mut pace = Pace::default();
         let mut written: BTreeMap<u32, Option<Millis>> = (0..3_000).map(|job| (job, None)).collect();
         let (mut now, mut all) = (Millis(0), VecDeque::new());
@@ -62,8 +63,8 @@ mod tests {
                 .count()
         };
         assert_eq!((0..all.len()).map(within).max(), Some(MOST));
-        // 3 000 at 18 a second: none waits for longer than that takes.
+        // 3 000 at 16 a second: none waits for longer than that takes.
         let longest = written.values().map(|at| now.0 - at.unwrap().0).max();
-        assert!(longest <= Some(168_000), "{longest:?}");
+        assert!(longest <= Some(190_000), "{longest:?}");
     }
 }

@@ -75,7 +75,7 @@ fn without_epochs_records_stand_in_a_result_twice() {
 
 #[test]
 fn without_observed_changes_a_node_that_lives_is_given_up_and_two_workers_compute_one_job() {
-    missed(Without::ObservedChange, "overlapMillis", 27);
+    missed(Without::ObservedChange, "overlapMillis", 46);
 }
 
 #[test]
