@@ -33,8 +33,6 @@ const INPUT_AGAIN: u64 = 3_000;
 const PROFILES: u64 = 250;
 /// Shortest time between two writes of a profile's counts.
 const PROFILE_COUNTS: u64 = 5_000;
-/// Ticks between two times that all gauges are set, which means looking at every object there is.
-const TICKS_UNTIL_TOLD: u32 = 5;
 
 /// What a spawned task came back with.
 enum Answer {
@@ -66,7 +64,6 @@ pub(crate) struct Owner {
     leadership: Arc<Leadership>,
     metrics: Arc<Metrics>,
     telemetry: Telemetry,
-    ticks: u32,
     store: Store,
     memory: BTreeMap<String, Memory>,
     busy: BTreeMap<String, Option<Claim>>,
@@ -109,7 +106,6 @@ impl Owner {
             leadership,
             metrics,
             telemetry: Telemetry::default(),
-            ticks: 0,
             memory: BTreeMap::new(),
             busy: BTreeMap::new(),
             profiles_busy: BTreeSet::new(),
@@ -201,11 +197,8 @@ impl Owner {
         let now = self.host.mono();
         self.store.liveness.tick(now);
         self.metrics.set_ready(self.store.synced());
-        if self.ticks.is_multiple_of(TICKS_UNTIL_TOLD) {
-            self.telemetry
-                .tick(&self.store, &self.metrics, now, self.host.wall().as_second());
-        }
-        self.ticks = self.ticks.wrapping_add(1);
+        self.telemetry
+            .tick(&self.store, &self.metrics, now, self.host.wall().as_second());
     }
 
     /// What a new leader looks for: presets that are absent, inputs staged under an earlier one, and the orders that one

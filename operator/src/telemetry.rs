@@ -48,10 +48,13 @@ const ON_THE_WAY: [&str; 10] = [
     "Waiting",
 ];
 const OTHER: &str = "Other";
+/// Ticks between two times that all gauges are set, which means looking at every object there is.
+const TICKS_UNTIL_SET: u32 = 5;
 
 /// What was told last.
 #[derive(Debug, Default)]
 pub(crate) struct Telemetry {
+    ticks: u32,
     alive: BTreeSet<String>,
     /// By the job's uid.
     counted: BTreeMap<String, (bool, &'static str)>,
@@ -59,8 +62,15 @@ pub(crate) struct Telemetry {
 }
 
 impl Telemetry {
-    /// Sets every gauge; `now` is monotonic, `wall` in seconds since 1970.
+    /// Sets every gauge at every few ticks; `now` is monotonic, `wall` in seconds since 1970.
     pub(crate) fn tick(&mut self, store: &Store, metrics: &Metrics, now: Millis, wall: i64) {
+        if self.ticks.is_multiple_of(TICKS_UNTIL_SET) {
+            self.set(store, metrics, now, wall);
+        }
+        self.ticks = self.ticks.wrapping_add(1);
+    }
+
+    fn set(&mut self, store: &Store, metrics: &Metrics, now: Millis, wall: i64) {
         self.fill("jobs", &metrics.jobs, states(store));
         metrics.oldest_pending.set(oldest_pending(store, wall));
         let mut nodes = BTreeMap::from([("Fresh", 0), ("Waiting", 0), ("Lost", 0)]);
@@ -282,7 +292,7 @@ mod tests {
         let outcome = gogrid_planner::lifecycle::Outcome::Failed(failure);
         over.status = Some(Draft::new(&over, 1).finish(&outcome, None).done());
         store.put_job(over.clone());
-        telemetry.tick(&store, &metrics, Millis(0), 1);
+        telemetry.set(&store, &metrics, Millis(0), 1);
         telemetry.written(&metrics, &over);
         telemetry.written(&metrics, &over);
         assert_eq!(metrics.finished.with_label_values(&["Failed"]).get(), 1);
@@ -315,7 +325,7 @@ mod tests {
         let state = |name: &str| metrics.nodes.with_label_values(&[name]).get();
         for second in 1..=200 {
             store.liveness.tick(Millis(second * 1000));
-            telemetry.tick(&store, &metrics, Millis(second * 1000), 0);
+            telemetry.set(&store, &metrics, Millis(second * 1000), 0);
             if second == 20 {
                 assert_eq!((state("Fresh"), state("Waiting"), state("Lost")), (1, 1, 0));
             }
