@@ -310,7 +310,7 @@ async fn a_worker_that_heeds_no_grant(scene: &Scene) -> Result<()> {
 /// What an agent wrote and had no answer for, or wrote twice, is looked up; chunks that grew meanwhile are replaced.
 async fn answers_that_are_lost(scene: &Scene) -> Result<()> {
     // First the node's and the order's status, then chunks.
-    let faults = ["--fault", "duplicate=1..8", "--fault", "lose-answer=9..14"];
+    let faults = ["--fault", "duplicate=1..5", "--fault", "lose-answer=6..14"];
     other_agent(scene, &faults).await?;
     let there = |spec: &mut Value| {
         slowly(spec);
