@@ -48,13 +48,13 @@ soak: prepare controlplane build $(CARGO_AUDITABLE) ## What takes real time: lea
 	@GOGRID_SOAK=1 cargo test --workspace --features $(FEATURES) --no-fail-fast --test share --test edits --test page_cache --test adaptive -- --test-threads=1 --nocapture
 	$(call say,simulated clusters: 10 000 schedules)
 	@cargo run --release -p gogrid-tests --bin sim -- --seeds 10000
-	$(call say,1 000 agents and 15 000 jobs on a real API server - 20 minutes)
-	@cargo build --release -p gogrid-operator -p gogrid-tests --bin gogrid-operator --bin scale
-	@"$$CARGO_TARGET_DIR"/release/scale
 	$(call say,1000 probes of a GPU driver that hang or crash - 20 minutes)
 	@GOGRID_SOAK=1 cargo test --workspace --features $(FEATURES) --test nvml -- --test-threads=1 --nocapture chaos
 	$(call say,images built in two folders - half an hour)
 	@PATH=$(CACHE)/tools/bin:$$PATH tests/reproducible.sh
+	$(call say,1 000 agents and 15 000 jobs on a real API server - 20 minutes)
+	@cargo build --release -p gogrid-operator -p gogrid-tests --bin gogrid-operator --bin scale
+	@"$$CARGO_TARGET_DIR"/release/scale
 
 prepare:
 	@tests/prepare.sh
