@@ -76,8 +76,9 @@ pub(crate) struct Owner {
     missing_since: BTreeMap<String, Millis>,
     /// Times that the API server was out of reach, as far as nodes were given time after them.
     gaps: u64,
-    /// The term for which the orders were read anew.
+    /// The term for which the orders were read anew, and the one for which they are being read.
     swept: Option<i64>,
+    sweeping: Option<i64>,
     permits: Arc<Semaphore>,
     answers: mpsc::UnboundedSender<Answer>,
     answered: mpsc::UnboundedReceiver<Answer>,
@@ -116,6 +117,7 @@ impl Owner {
             missing_since: BTreeMap::new(),
             gaps: 0,
             swept: None,
+            sweeping: None,
             answers,
             answered,
         }
@@ -139,10 +141,8 @@ impl Owner {
                 biased;
                 _ = stop.changed() => {}
                 _ = leads.changed() => {
-                    let term = *leads.borrow_and_update();
-                    if let Some(term) = term {
-                        self.sweep(term);
-                    }
+                    self.swept = None;
+                    self.sweep();
                 }
                 () = &mut rest, if rests => rests = false,
                 () = &mut tick => {
@@ -194,6 +194,7 @@ impl Owner {
     }
 
     fn tick(&mut self) {
+        self.sweep();
         let now = self.host.mono();
         self.store.liveness.tick(now);
         self.metrics.set_ready(self.store.synced());
@@ -203,16 +204,17 @@ impl Owner {
 
     /// What a new leader looks for: presets that are absent, inputs staged under an earlier one, and the orders that one
     /// gave. Its watch may lag behind the jobs that it reads: an order it does not know of is not an order that is gone.
-    fn sweep(&mut self, term: i64) {
+    fn sweep(&mut self) {
+        let known = |term: &i64| self.swept == Some(*term) || self.sweeping == Some(*term);
+        let term = self.leadership.term(self.host.mono());
+        let Some(term) = term.filter(|term| !known(term)) else {
+            return;
+        };
+        self.sweeping = Some(term);
         let (executor, answers) = (self.executor.clone(), self.answers.clone());
         self.host.spawn(Box::pin(async move {
             let found = async {
-                match presets::read(executor.presets_text().await?.as_deref()) {
-                    Ok(profiles) => executor.create_absent_profiles(profiles).await?,
-                    Err(error) => {
-                        tracing::error!(error = crate::error_text(&error), "presets are not created");
-                    }
-                }
+                presets::create_absent(&executor).await?;
                 Ok(Swept {
                     staged: executor.staged_uids().await?,
                     orders: executor.orders().await?,
@@ -343,15 +345,16 @@ impl Owner {
                     Err(error) => self.failed("Profile", &name, &error),
                 }
             }
-            Answer::Swept(term, Ok(Swept { staged, orders })) => {
-                self.has_inputs.extend(staged);
-                self.store.reread_assignments(orders);
-                self.swept = Some(term);
-            }
-            Answer::Swept(term, Err(error)) => {
-                self.failed("Sweep", "", &error);
-                if self.leadership.term(self.host.mono()) == Some(term) {
-                    self.sweep(term);
+            Answer::Swept(term, found) => {
+                // Where it failed, the next tick that leads begins another one.
+                self.sweeping.take_if(|begun| *begun == term);
+                match found {
+                    Ok(Swept { staged, orders }) => {
+                        self.has_inputs.extend(staged);
+                        self.store.reread_assignments(orders);
+                        self.swept = Some(term);
+                    }
+                    Err(error) => self.failed("Sweep", "", &error),
                 }
             }
         }

@@ -2,6 +2,7 @@
 //!
 //! Owns: reading them from GoGrid's ConfigMap, or taking the built-in ones. Must not: touch a profile that exists.
 
+use crate::apply::{Executor, StepError};
 use gogrid_api::{ResourceProfile, profile};
 use serde::Deserialize as _;
 
@@ -20,7 +21,7 @@ pub(crate) struct PresetError {
 }
 
 /// The profiles to create when absent.
-pub(crate) fn read(text: Option<&str>) -> Result<Vec<ResourceProfile>, PresetError> {
+fn read(text: Option<&str>) -> Result<Vec<ResourceProfile>, PresetError> {
     let Some(text) = text else {
         return Ok(profile::presets()
             .into_iter()
@@ -34,6 +35,17 @@ pub(crate) fn read(text: Option<&str>) -> Result<Vec<ResourceProfile>, PresetErr
         profiles.extend(profile);
     }
     Ok(profiles)
+}
+
+/// Creates those that are absent. A list that can't be read creates none and keeps nobody from leading.
+pub(crate) async fn create_absent(executor: &Executor) -> Result<(), StepError> {
+    match read(executor.presets_text().await?.as_deref()) {
+        Ok(profiles) => executor.create_absent_profiles(profiles).await,
+        Err(error) => {
+            tracing::error!(error = crate::error_text(&error), "presets are not created");
+            Ok(())
+        }
+    }
 }
 
 #[cfg(test)]

@@ -45,6 +45,14 @@ fn nobody_gets_less_than_asked_or_anything_twice_whatever_goes_wrong_at_whatever
     }
 }
 
+#[test]
+fn a_leader_that_was_out_of_reach_when_its_first_look_failed_looks_again_once_it_is_back() {
+    for seed in [1539, 3131, 5545] {
+        let outcome = run(seed, SETUP).unwrap();
+        assert_eq!(outcome.unfinished_jobs, 0, "{:?}", outcome.violations);
+    }
+}
+
 /// Without a layer, one of the counters that it guards is not 0. `first` is the first seed from 1 on that shows it: so many
 /// schedules does a search take. It begins there, to be quick, and goes on for a few, as changes of the programs move it.
 fn missed(without: Without, counter: &str, first: u64) {
