@@ -346,14 +346,15 @@ impl Owner {
                 }
             }
             Answer::Swept(term, found) => {
-                // Where it failed, the next tick that leads begins another one.
-                self.sweeping.take_if(|begun| *begun == term);
+                // Old answers are dropped: what is there since would count as gone. After a failure, the next tick asks again.
+                let asked = self.sweeping.take_if(|begun| *begun == term).is_some();
                 match found {
-                    Ok(Swept { staged, orders }) => {
+                    Ok(Swept { staged, orders }) if asked => {
                         self.has_inputs.extend(staged);
                         self.store.reread_assignments(orders);
                         self.swept = Some(term);
                     }
+                    Ok(_) => {}
                     Err(error) => self.failed("Sweep", "", &error),
                 }
             }
