@@ -153,7 +153,7 @@ pub struct Heartbeat {
     /// When the Lease was last renewed, by the node's clock.
     #[schemars(schema_with = "crate::schema::time")]
     pub renewed_at: Time,
-    /// What runs.
+    /// What has run for a heartbeat batch or longer.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 256))]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["assignment".into()]))]
