@@ -81,16 +81,14 @@ impl Meter {
     }
 
     /// Notes how much memory each has now.
-    pub(super) fn look(&self) -> Result<BTreeMap<&'static str, u64>> {
-        let mut now = BTreeMap::new();
+    pub(super) fn look(&self) -> Result<()> {
         for (name, pid) in &self.processes {
             let kib = procfs::resident_kib(*pid).with_context(|| format!("{name} has ended"))?;
             let mut peaks = lock(&self.peaks);
             let peak = peaks.entry(*name).or_default();
             *peak = kib.max(*peak);
-            now.insert(*name, kib);
         }
-        Ok(now)
+        Ok(())
     }
 
     /// The most memory that each was seen to have, in MiB.
