@@ -435,18 +435,19 @@ fn run(context: &Context<'_>, name: String, job: &Job) -> Option<Step> {
             (Standing::Unproven | Standing::Fenced | Standing::Expired, _) => None,
         };
     }
+    // In any phase: where an earlier epoch has answered all, no worker is needed, and one that fails is none to wait for.
+    if job.exhausted && job.phase != Phase::Inspecting {
+        return match (job.worker, job.unsaved, job.saving) {
+            (_, _, true) => None,
+            (_, true, false) => Some(Step::Save(name)),
+            (Some(_), false, false) => (!job.killed).then_some(Step::Kill(name)),
+            (None, false, false) => Some(Step::Finish(name, Ending::Succeeded)),
+        };
+    }
     match job.phase {
         Phase::Claimed if job.accepted => Some(Step::Fetch(name)),
         Phase::Verified if context.pool && context.standing == Standing::Held => Some(Step::Spawn(name)),
         Phase::Connected => Some(Step::Load(name)),
-        Phase::Running | Phase::Renewing | Phase::Renewed if job.exhausted => {
-            match (job.worker, job.unsaved, job.saving) {
-                (_, _, true) => None,
-                (_, true, false) => Some(Step::Save(name)),
-                (Some(_), false, false) => (!job.killed).then_some(Step::Kill(name)),
-                (None, false, false) => Some(Step::Finish(name, Ending::Succeeded)),
-            }
-        }
         Phase::Running if job.outdated && context.pool => Some(Step::Renew(name)),
         Phase::Renewed if job.worker.is_some() => (!job.killed).then_some(Step::Kill(name)),
         Phase::Starting if context.now >= job.since.saturating_add(nanos(START_DEADLINE)) => {
@@ -679,6 +680,30 @@ mod tests {
         assert_eq!(at(&job), Some(Step::Finish("a".into(), Ending::Succeeded)));
         job.phase = Phase::Over;
         assert_eq!(at(&job), None);
+    }
+
+    #[test]
+    fn where_an_earlier_epoch_has_answered_all_records_no_worker_is_needed_nor_waited_for() {
+        let phases = [
+            Phase::Claimed,
+            Phase::Fetching,
+            Phase::Verified,
+            Phase::Starting,
+            Phase::Connected,
+            Phase::Loading,
+        ];
+        for phase in phases {
+            let mut job = Job {
+                phase,
+                exhausted: true,
+                ..running(None)
+            };
+            let at = |job: &Job| next(&HELD, &json!({}), job);
+            let finish = Some(Step::Finish("a".into(), Ending::Succeeded));
+            assert_eq!(at(&job), finish, "{phase:?}");
+            job.worker = Some(1);
+            assert_eq!(at(&job), Some(Step::Kill("a".into())), "{phase:?}");
+        }
     }
 
     #[test]
