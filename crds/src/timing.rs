@@ -100,6 +100,17 @@ impl LeaseTiming {
         Millis(self.lease.0 / 20)
     }
 
+    /// From the sending of the last good renewal of the leader lease to the last write under it (6 s).
+    pub fn leader_writes(self) -> Millis {
+        Millis(self.leader_lease().0 * 3 / 4)
+    }
+
+    /// How long what a leader sent may be on its way before its connection is given up (2 s): nothing arrives after the
+    /// leader lease's end.
+    pub fn leader_delivery(self) -> Millis {
+        Millis(self.leader_lease().0 / 4)
+    }
+
     /// How long a stopped worker is kept for its node to come back before it is killed (600 s).
     pub fn fenced_hold(self) -> Millis {
         Millis(self.lease.0 * 15)
@@ -129,6 +140,7 @@ mod tests {
                 t.stop_margin().0 + t.drift_margin().0
             );
             assert!(t.attempt().0 < t.renew().0);
+            assert!(t.leader_writes().0 + t.leader_delivery().0 <= t.leader_lease().0);
         }
         assert!(LeaseTiming::from_lease(Millis(1_999)).is_err());
     }

@@ -1,16 +1,21 @@
 //! How the operator talks to the API server.
 //!
-//! Owns: building the clients. Must not: retry; kube's own retry layer would hold a write back until it is stale.
+//! Owns: building the clients, and how long what they send may be on its way. Must not: retry; kube's own retry layer
+//! would hold a write back until it is stale.
 
 use crate::gate::GateLayer;
 use http::{Request, Response};
-use kube::client::{Body, ClientBuilder, DynBody};
+use http_body_util::BodyExt as _;
+use hyper_timeout::TimeoutConnector;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioExecutor;
+use kube::client::{Body, ClientBuilder, ConfigExt as _, DynBody};
 use kube::{Client, Config};
 use std::time::Duration;
 use tower::util::BoxService;
-use tower::{BoxError, Layer, Service};
+use tower::{BoxError, Layer, Service, ServiceBuilder, ServiceExt as _};
 
-/// What kube makes of a configuration.
+/// A way to the API server.
 type GenericService = BoxService<Request<Body>, Response<Box<DynBody>>, BoxError>;
 
 /// No client could be made.
@@ -35,13 +40,68 @@ pub async fn config() -> Result<Config, ClientError> {
     Ok(config)
 }
 
-/// A client with a connection of its own, behind the gate; `beneath` lies between the two.
-pub fn gated<L>(config: Config, beneath: &L, gate: &GateLayer) -> Result<Client, ClientError>
+/// TCP connections that the kernel gives up when something sent is not received within `delivery`: also when the asker has
+/// given up before, or its process stands still. Otherwise what a partition held back would arrive when it heals, up to
+/// a quarter of an hour later, from a leader that leads no more.
+fn connector(delivery: Duration) -> HttpConnector {
+    let mut connector = HttpConnector::new();
+    connector.enforce_http(false);
+    connector.set_tcp_user_timeout(Some(delivery));
+    connector
+}
+
+/// What kube makes of a configuration, over connections that give up in time.
+fn service(config: &Config, delivery: Duration) -> Result<GenericService, kube::Error> {
+    let mut connector =
+        TimeoutConnector::new(config.rustls_https_connector_with_connector(connector(delivery))?);
+    connector.set_connect_timeout(config.connect_timeout);
+    connector.set_read_timeout(config.read_timeout);
+    connector.set_write_timeout(config.write_timeout);
+    let client = hyper_util::client::legacy::Client::builder(TokioExecutor::new()).build(connector);
+    let service = ServiceBuilder::new()
+        .layer(config.base_uri_layer())
+        .option_layer(config.auth_layer()?)
+        .layer(config.extra_headers_layer()?)
+        .map_err(BoxError::from)
+        .service(client);
+    Ok(service
+        .map_response(|response: Response<_>| {
+            response.map(|body: hyper::body::Incoming| Box::new(body.map_err(BoxError::from)) as Box<DynBody>)
+        })
+        .boxed())
+}
+
+/// A client with a connection of its own, behind the gate; `beneath` lies between the two. What it sends is received
+/// within `delivery`, or never.
+pub fn gated<L>(
+    config: &Config,
+    delivery: Duration,
+    beneath: &L,
+    gate: &GateLayer,
+) -> Result<Client, ClientError>
 where
     L: Layer<GenericService>,
     L::Service: Service<Request<Body>, Response = Response<Box<DynBody>>, Error = BoxError> + Send + 'static,
     <L::Service as Service<Request<Body>>>::Future: Send + 'static,
 {
-    let builder = ClientBuilder::try_from(config).map_err(|e| ClientError::Build(Box::new(e)))?;
+    let service = service(config, delivery).map_err(|e| ClientError::Build(Box::new(e)))?;
+    let builder = ClientBuilder::new(service, config.default_namespace.clone());
     Ok(builder.with_layer(beneath).with_layer(gate).build())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::net::sockopt::tcp_user_timeout;
+
+    #[tokio::test]
+    async fn the_kernel_gives_up_what_it_could_not_deliver_in_time() {
+        let server = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let uri = format!("http://{}", server.local_addr().unwrap());
+        let connection = connector(Duration::from_millis(1_234))
+            .oneshot(uri.parse::<http::Uri>().unwrap())
+            .await
+            .unwrap();
+        assert_eq!(tcp_user_timeout(connection.inner()).unwrap(), 1_234);
+    }
 }

@@ -236,11 +236,11 @@ impl Election {
         }
     }
 
-    /// Writing is allowed until three quarters of the lease, counted from before it was asked for.
+    /// How long writing is allowed counts from before the lease was asked for.
     fn won(&self, sent: Millis, lease: &Lease) {
         let term = lease.spec.as_ref().and_then(|s| s.lease_transitions).unwrap_or(0);
         self.leadership
-            .hold(Millis(sent.0 + self.timing.leader_lease().0 * 3 / 4), term.into());
+            .hold(Millis(sent.0 + self.timing.leader_writes().0), term.into());
     }
 
     /// The Lease as this process writes it; a new holder is a new transition.

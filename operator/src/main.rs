@@ -79,9 +79,10 @@ async fn run(config: Config) -> anyhow::Result<()> {
         let nothing = tower::layer::util::Identity::new();
         (nothing.clone(), nothing)
     };
-    let work = client::gated(kube_config.clone(), &beneath, &gate).context("the API server")?;
+    let delivery = Duration::from_millis(config.timing.leader_delivery().0);
+    let work = client::gated(&kube_config, delivery, &beneath, &gate).context("the API server")?;
     // The election has a connection of its own: it must not wait behind a burst of work.
-    let lead = client::gated(kube_config, &beneath_election, &gate).context("the API server")?;
+    let lead = client::gated(&kube_config, delivery, &beneath_election, &gate).context("the API server")?;
 
     let (stop_serving, mut serving) = watch::channel(false);
     let listener = metrics::bind(config.metrics_addr).await?;

@@ -53,6 +53,20 @@ fn a_leader_that_was_out_of_reach_when_its_first_look_failed_looks_again_once_it
     }
 }
 
+#[test]
+fn a_job_that_is_resumed_with_all_its_records_answered_ends_also_when_its_worker_crashes_at_once() {
+    let outcome = run(2169, SETUP).unwrap();
+    assert_eq!(outcome.unfinished_jobs, 0, "{:?}", outcome.violations);
+}
+
+#[test]
+fn what_a_leader_sent_into_a_partition_is_not_delivered_after_another_one_leads() {
+    for seed in [4064, 5154, 5843, 9388] {
+        let outcome = run(seed, SETUP).unwrap();
+        assert_eq!(outcome.stale_writes, 0, "{:?}", outcome.violations);
+    }
+}
+
 /// Without a layer, one of the counters that it guards is not 0. `first` is the first seed from 1 on that shows it: so many
 /// schedules does a search take. It begins there, to be quick, and goes on for a few, as changes of the programs move it.
 fn missed(without: Without, counter: &str, first: u64) {

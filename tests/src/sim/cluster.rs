@@ -229,6 +229,7 @@ impl Cluster {
                 sender: Sender::Agent(node.name.clone(), node.lives),
                 machine: node.machine.clone(),
                 limit: limit * SECOND,
+                delivery: Nanos::MAX,
             };
             Client::new(transport, "default")
         };

@@ -8,7 +8,7 @@ use super::kind::Kind;
 use super::link::{Link, Transport};
 use super::node::Life;
 use super::server::Sender;
-use super::time::{Process, SECOND};
+use super::time::{MILLI, Process, SECOND};
 use clap::{Args as _, Command, FromArgMatches as _};
 use gogrid_operator::Operator;
 use gogrid_operator::gate::{GateLayer, Leadership};
@@ -71,6 +71,7 @@ impl Cluster {
                 sender: Sender::Operator(id),
                 machine: control.machine.clone(),
                 limit: 330 * SECOND,
+                delivery: timing.leader_delivery().0 * MILLI,
             };
             Client::new(gate.layer(transport), "default")
         };

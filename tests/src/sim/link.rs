@@ -206,11 +206,11 @@ impl Link {
         Some((code, state.rng.permille(250)))
     }
 
-    /// Waits until something passes.
-    async fn open(&self) {
+    /// Waits until nothing of that is in the way.
+    async fn without(&self, obstacle: fn(&State) -> bool) {
         std::future::poll_fn(|cx| {
             let mut state = lock(&self.state);
-            if state.cut || state.held {
+            if obstacle(&state) {
                 state.waiting.push(cx.waker().clone());
                 Poll::Pending
             } else {
@@ -220,13 +220,29 @@ impl Link {
         .await;
     }
 
-    /// One leg of a request's way; false when it ends there.
-    async fn leg(&self) -> bool {
+    /// A request's way; false when it ends there: it is lost, or nothing passed when it was to arrive and its connection
+    /// was given up, `delivery` after it was sent.
+    async fn there(&self, delivery: Nanos) -> bool {
+        self.without(|state| state.held).await;
+        let sent = self.time.now();
+        self.time.until(sent + self.delay()).await;
+        if self.loses() {
+            return false;
+        }
+        if !lock(&self.state).cut {
+            return true;
+        }
+        self.without(|state| state.cut).await;
+        self.time.now() <= sent.saturating_add(delivery)
+    }
+
+    /// An answer's way; false when it ends there.
+    async fn back(&self) -> bool {
         self.time.until(self.time.now() + self.delay()).await;
         if self.loses() {
             return false;
         }
-        self.open().await;
+        self.without(|state| state.cut || state.held).await;
         true
     }
 }
@@ -249,13 +265,19 @@ pub struct Transport {
     pub machine: Machine,
     /// How long an answer may take.
     pub limit: Nanos,
+    /// How long a request may be on its way before its connection is given up.
+    pub delivery: Nanos,
 }
 
 async fn deliver(transport: Transport, asked: Asked, tell: oneshot::Sender<Response<Sent>>) {
     let Transport {
-        server, link, sender, ..
+        server,
+        link,
+        sender,
+        delivery,
+        ..
     } = transport;
-    if !link.leg().await {
+    if !link.there(delivery).await {
         // Nobody ever hears of it; the asker gives up by its own clock.
         return std::future::pending().await;
     }
@@ -275,7 +297,7 @@ async fn deliver(transport: Transport, asked: Asked, tell: oneshot::Sender<Respo
         }
         None => server.serve(&sender, &link, &asked),
     };
-    if !link.leg().await {
+    if !link.back().await {
         return std::future::pending().await;
     }
     // An asker that has given up is none.
