@@ -22,7 +22,7 @@ struct Flags {
     /// Only this one.
     #[arg(long)]
     seed: Option<u64>,
-    /// Tell everything that happens; for one seed.
+    /// Tell everything that happens; for one seed. RUST_LOG adds what the programs log, on standard error.
     #[arg(long, requires = "seed")]
     trace: bool,
     /// Nodes.
@@ -58,6 +58,13 @@ fn main() -> Result<()> {
         flags.nodes > 0 && flags.operators > 0 && flags.threads > 0,
         "--nodes, --operators and --threads must be at least 1"
     );
+    if flags.trace {
+        tracing_subscriber::fmt()
+            .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
+            .with_writer(std::io::stderr)
+            .without_time()
+            .init();
+    }
     #[expect(clippy::disallowed_methods, reason = "says how long it took")]
     let begun = std::time::Instant::now();
     let report = match flags.seed {
