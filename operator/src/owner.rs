@@ -497,3 +497,6 @@ impl Owner {
         self.profiles_written.retain(|name, _| known.contains_key(name));
     }
 }
+
+#[cfg(test)]
+mod tests;
