@@ -45,13 +45,23 @@ pub struct ModelOrder {
     pub sha256: String,
 }
 
-/// A staged part of the input: a ConfigMap in GoGrid's namespace, key `input.jsonl`.
+/// Most bytes of an input that travels in its order, and of answers that travel in an order's status. More than that lies
+/// in ConfigMaps, each of which is written and removed by itself.
+pub const INLINE_BYTES: usize = 16 << 10;
+
+/// A staged part of the input: whole lines, here or in a ConfigMap.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("has(self.configMap) != has(self.text)").message("a staged input must carry exactly one of configMap and text"))]
 pub struct StagedInput {
-    /// Name of the ConfigMap.
+    /// Name of a ConfigMap in GoGrid's namespace that holds its lines, key `input.jsonl`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 253))]
-    pub config_map: String,
+    pub config_map: Option<String>,
+    /// Its lines themselves, where the whole input is short.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = INLINE_BYTES))]
+    pub text: Option<String>,
     /// Line number of its first record, from 1, in the whole input.
     #[schemars(range(min = 1, max = 9_007_199_254_740_991_i64))]
     pub first_line: i64,
@@ -193,7 +203,7 @@ pub enum State {
     Running,
     /// Handing back.
     Stopping,
-    /// Ended because it was told to, or because its session ended; what it answered is in its chunks.
+    /// Ended because it was told to, or because its session ended; what it answered is in its checkpoint.
     Stopped,
     /// All records answered.
     Succeeded,
@@ -216,7 +226,11 @@ pub struct Checkpoint {
     #[serde(default)]
     #[schemars(range(min = 0, max = 100_000))]
     pub chunks: i32,
-    /// Lines answered in them, sorted, merged.
+    /// Output lines that are in none of them, each with its line feed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = INLINE_BYTES))]
+    pub text: Option<String>,
+    /// Lines answered in all of that, sorted, merged.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 1024))]
     #[x_kube(merge_strategy = ListMerge::Atomic)]
@@ -225,7 +239,7 @@ pub struct Checkpoint {
     #[serde(default)]
     #[schemars(range(min = 0, max = 9_007_199_254_740_991_i64))]
     pub failed: i64,
-    /// Bytes of results in them.
+    /// Bytes of all these results.
     #[serde(default)]
     #[schemars(range(min = 0, max = 9_007_199_254_740_991_i64))]
     pub bytes: i64,

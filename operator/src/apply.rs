@@ -41,7 +41,7 @@ pub(crate) enum Op {
     },
     /// Go on only if there is really no such order: this process may not have seen it yet.
     EnsureAbsent(String),
-    /// Copy the input.
+    /// Take the input down for the order, or into ConfigMaps where it is long.
     Stage,
     /// Order an agent.
     Create(Box<Assignment>),
@@ -53,7 +53,7 @@ pub(crate) enum Op {
     Publish(Vec<Assignment>, i64),
     /// Remove an order.
     DeleteAssignment(Box<Assignment>),
-    /// Remove staged inputs of a job uid.
+    /// Remove the ConfigMaps in which a job uid's input was staged.
     DeleteInputs(String),
     /// Remove the job.
     DeleteJob,
@@ -303,6 +303,9 @@ impl Executor {
             Ok(parts) => parts,
             Err(refusal) => return Ok(Fact::InputRefused(refusal)),
         };
+        if let Some(carried) = inputs::inline(&parts) {
+            return Ok(Fact::Staged(carried));
+        }
         let uid = job.uid().unwrap_or_default();
         let mut staged = vec![];
         for (n, part) in parts.into_iter().enumerate() {
@@ -315,7 +318,8 @@ impl Executor {
             });
             self.stage_part(object).await?;
             staged.push(StagedInput {
-                config_map: name,
+                config_map: Some(name),
+                text: None,
                 first_line: part.first_line,
                 records: part.records,
             });

@@ -28,7 +28,7 @@ pub(crate) struct ToPlace<'a> {
     pub(crate) job: &'a InferenceJob,
     pub(crate) runs: Vec<&'a Assignment>,
     pub(crate) facts: &'a ModelFacts,
-    pub(crate) inputs: Vec<StagedInput>,
+    pub(crate) inputs: &'a [StagedInput],
 }
 
 /// Jobs that need a node.
@@ -201,7 +201,7 @@ impl<'a> Round<'a> {
                         session: planned.session.clone(),
                         term: self.term,
                         parallel_limit: planned.parallel_limit,
-                        inputs: inputs.clone(),
+                        inputs: inputs.to_vec(),
                         runs,
                     };
                     let order = order::run(job, &status, run);

@@ -1,7 +1,9 @@
 //! Cutting a job's input into parts that agents may read.
 //!
-//! Owns: line numbers, sizes and limits of staged inputs. Must not: read or write objects, or look into a record.
+//! Owns: line numbers, sizes and limits of staged inputs, and which of them are short enough for the order itself. Must
+//! not: read or write objects, or look into a record.
 
+use gogrid_api::assignment::{INLINE_BYTES, StagedInput};
 use gogrid_planner::lifecycle::Refusal;
 
 /// Most bytes in one staged part: the store takes 1 MiB with everything around it.
@@ -77,6 +79,18 @@ pub(crate) fn cut<'a>(lines: impl Iterator<Item = &'a str>) -> Result<Vec<Part>,
     }
 }
 
+/// The parts as an order carries them, where they are short enough for that together.
+pub(crate) fn inline(parts: &[Part]) -> Option<Vec<StagedInput>> {
+    let bytes: usize = parts.iter().map(|part| part.text.len()).sum();
+    let carried = |part: &Part| StagedInput {
+        config_map: None,
+        text: Some(part.text.clone()),
+        first_line: part.first_line,
+        records: part.records,
+    };
+    (bytes <= INLINE_BYTES).then(|| parts.iter().map(carried).collect())
+}
+
 /// One record is one line, whatever white space it was written with.
 fn push(text: &mut String, line: &str) {
     text.extend(
@@ -124,6 +138,22 @@ mod tests {
         let line = "z".repeat(600_000);
         let huge = vec![line.as_str(); 36];
         assert!(cut(huge.into_iter()).unwrap_err().message.contains("20971520"));
+    }
+
+    #[test]
+    fn an_input_travels_in_its_order_up_to_the_last_byte_that_fits_and_keeps_its_line_numbers() {
+        let line = "x".repeat(INLINE_BYTES / 2 - 1);
+        let most = inline(&cut([line.as_str(), "", line.as_str()].into_iter()).unwrap()).unwrap();
+        let shape: Vec<_> = most.iter().map(|i| (i.first_line, i.records)).collect();
+        assert_eq!(shape, [(1, 1), (3, 1)]);
+        assert!(most.iter().all(|i| i.config_map.is_none() && i.text.is_some()));
+        let one_more = cut([line.as_str(), "", line.as_str(), ""].into_iter()).unwrap();
+        assert!(inline(&one_more).is_some(), "a blank line is no record");
+        let longer = format!("{line}x");
+        assert_eq!(
+            inline(&cut([line.as_str(), longer.as_str()].into_iter()).unwrap()),
+            None
+        );
     }
 
     #[test]

@@ -78,10 +78,12 @@ impl<'a> Round<'a> {
     }
 }
 
-/// Everything made for a job that is over.
-pub(crate) fn clean_up(uid: &str, assignments: &[&Assignment]) -> Vec<Op> {
+/// Everything made for a job that is over, ConfigMaps with its input among it where any were `staged`.
+pub(crate) fn clean_up(uid: &str, assignments: &[&Assignment], staged: bool) -> Vec<Op> {
     let deletes = assignments
         .iter()
         .map(|a| Op::DeleteAssignment(Box::new((*a).clone())));
-    deletes.chain([Op::DeleteInputs(uid.into())]).collect()
+    deletes
+        .chain(staged.then(|| Op::DeleteInputs(uid.into())))
+        .collect()
 }

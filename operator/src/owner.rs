@@ -27,8 +27,6 @@ use tokio::sync::{Semaphore, mpsc, watch};
 const REST: Duration = Duration::from_millis(25);
 /// Longest pause after failures.
 const LONGEST_PAUSE: u64 = 30_000;
-/// How often an input that can't be used is looked at again.
-const INPUT_AGAIN: u64 = 3_000;
 /// Shortest time between two writes of a profile.
 const PROFILES: u64 = 250;
 /// Shortest time between two writes of a profile's counts.
@@ -281,9 +279,6 @@ impl Owner {
             claim,
         } = work;
         self.busy.insert(uid.clone(), claim);
-        if step == "Stage" {
-            self.has_inputs.insert(uid.clone());
-        }
         self.metrics.steps.with_label_values(&[step]).inc();
         let key = job.as_ref().map_or_else(|| uid.clone(), names::job_key);
         tracing::debug!(job = key, step, "begun");
@@ -364,12 +359,9 @@ impl Owner {
     fn learn(&mut self, uid: &str, step: &'static str, fact: Fact) {
         let now = self.host.mono();
         let memory = self.memory.entry(uid.to_owned()).or_default();
+        memory.learn(now, step, &fact);
         match fact {
             Fact::Job(job) => {
-                memory.written = Some(now);
-                if step == "Requeue" || step == "Finish" {
-                    memory.published = None;
-                }
                 tracing::info!(
                     job = names::job_key(&job),
                     step,
@@ -383,12 +375,11 @@ impl Owner {
             Fact::AssignmentGone { name, uid } => self.store.drop_assignment(&name, &uid),
             Fact::JobGone => self.store.drop_job(uid),
             Fact::Staged(inputs) => {
-                memory.refused = None;
-                memory.staged = Some(inputs);
+                if inputs.iter().any(|input| input.config_map.is_some()) {
+                    self.has_inputs.insert(uid.to_owned());
+                }
             }
-            Fact::InputRefused(refusal) => memory.refused = Some((refusal, Millis(now.0 + INPUT_AGAIN))),
-            Fact::Published(publication) => memory.published = Some(publication),
-            Fact::Silent => {}
+            Fact::InputRefused(_) | Fact::Published(_) | Fact::Silent => {}
             Fact::InputsGone => {
                 self.has_inputs.remove(uid);
             }
@@ -407,6 +398,10 @@ impl Owner {
             }
             return;
         };
+        // Parts of an input may have been staged before that.
+        if matches!(step, "Stage" | "Requeue") {
+            self.has_inputs.insert(uid.to_owned());
+        }
         if let StepError::Present(order) = &error {
             self.store.put_assignment((**order).clone());
         }

@@ -1,6 +1,6 @@
 //! Handing the result over.
 //!
-//! Owns: collecting every epoch's chunks and writing the merged text where the user wants it, only ever into an object
+//! Owns: collecting what every epoch answered and writing the merged text where the user wants it, only ever into an object
 //! that is this job's. Safe to repeat from the start at any point. Must not: end the job.
 
 use crate::apply::{Executor, StepError, apply_params, post_params};
@@ -44,7 +44,7 @@ pub(crate) async fn publish(
             let missing = if missing.is_empty() {
                 String::new()
             } else {
-                format!("; missing or foreign chunks: {}", missing.join(", "))
+                format!("; missing or foreign: {}", missing.join(", "))
             };
             return Ok(refused("ResultsIncomplete", format!("{error}{missing}")));
         }
@@ -133,37 +133,43 @@ fn conflict(map: &ConfigMap, uid: &str) -> Option<Publication> {
     ))
 }
 
-/// Every chunk that its own assignment's node wrote, and the names of those that are not there or not such.
+/// What every run answered, in chunks that its own node wrote and in its status, and the names of objects that are not there
+/// or not such. The status is read anew: the store keeps no answers.
 async fn collect(
     executor: &Executor,
     runs: &[Assignment],
 ) -> Result<(Vec<EpochChunks>, Vec<String>), StepError> {
-    let api: Api<ConfigMap> = Api::namespaced(executor.client.clone(), &executor.namespace);
+    let maps: Api<ConfigMap> = Api::namespaced(executor.client.clone(), &executor.namespace);
+    let orders: Api<Assignment> = Api::namespaced(executor.client.clone(), &executor.namespace);
     let mut epochs = vec![];
     let mut missing = vec![];
     for run in runs {
-        let count = run
-            .status
-            .as_ref()
-            .and_then(|s| s.checkpoint.as_ref())
-            .map_or(0, |c| c.chunks);
-        let mut chunks = vec![];
-        for n in 0..u32::try_from(count).unwrap_or(0) {
-            let name = names::result_chunk(&run.name_any(), &run.spec.node_name, n);
-            let map = api.get_opt(&name).await?;
-            let text = map
-                .filter(|m| written_by(m, run))
-                .and_then(|m| m.data?.remove(RESULTS_KEY));
-            match text {
-                Some(text) => chunks.push(text),
-                None => missing.push(name),
-            }
-        }
-        epochs.push(EpochChunks {
+        let mut epoch = EpochChunks {
             epoch: run.spec.epoch,
             skip: run.spec.skip.clone(),
-            chunks,
-        });
+            chunks: vec![],
+        };
+        if run.status.as_ref().is_some_and(|s| s.checkpoint.is_some()) {
+            let there = orders.get_opt(&run.name_any()).await?;
+            let there = there.filter(|now| now.uid() == run.uid());
+            if there.is_none() {
+                missing.push(run.name_any());
+            }
+            let checkpoint = there.and_then(|now| now.status?.checkpoint).unwrap_or_default();
+            for n in 0..u32::try_from(checkpoint.chunks).unwrap_or(0) {
+                let name = names::result_chunk(&run.name_any(), &run.spec.node_name, n);
+                let map = maps.get_opt(&name).await?;
+                let text = map
+                    .filter(|m| written_by(m, run))
+                    .and_then(|m| m.data?.remove(RESULTS_KEY));
+                match text {
+                    Some(text) => epoch.chunks.push(text),
+                    None => missing.push(name),
+                }
+            }
+            epoch.chunks.extend(checkpoint.text);
+        }
+        epochs.push(epoch);
     }
     Ok((epochs, missing))
 }

@@ -10,14 +10,14 @@ use std::collections::BTreeMap;
 pub(crate) const OUTPUT_BYTES: usize = 900 << 10;
 const PREVIEW_CHARS: usize = 1024;
 
-/// The chunks of one assignment.
+/// What one assignment answered.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct EpochChunks {
     /// Its epoch.
     pub(crate) epoch: i64,
     /// Lines it was told to leave out.
     pub(crate) skip: Vec<LineRange>,
-    /// Texts of its chunks.
+    /// Texts of its chunks, and the one in its status.
     pub(crate) chunks: Vec<String>,
 }
 

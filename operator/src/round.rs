@@ -3,7 +3,7 @@
 //! Owns: from the store and what this process remembers to the work to be done now: the plan step. Pure but for the
 //! arguments `now` and `wall`. Must not: call the API server.
 
-use crate::apply::Op;
+use crate::apply::{Fact, Op};
 use crate::config::Config;
 use crate::housing::{Homeless, ToInspect, ToPlace};
 use crate::models::{self, Models};
@@ -18,12 +18,15 @@ use gogrid_planner::lifecycle::{self, InputState, Publication, Refusal, RunsOn, 
 use gogrid_planner::{Heartbeat, must_leave};
 use std::collections::{BTreeMap, BTreeSet};
 
+/// How often an input that can't be used is looked at again.
+const INPUT_AGAIN: u64 = 3_000;
 /// An agent's word for a staged input that is not there.
 const INPUT_MISSING: &str = "InputMissing";
 
 /// What this process remembers of a job; all of it can be found again after a crash.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Memory {
+    /// Its input, until an order carries it.
     pub(crate) staged: Option<Vec<StagedInput>>,
     pub(crate) refused: Option<(Refusal, Millis)>,
     pub(crate) published: Option<Publication>,
@@ -31,6 +34,35 @@ pub(crate) struct Memory {
     pub(crate) objection: Option<String>,
     pub(crate) not_before: Millis,
     pub(crate) written: Option<Millis>,
+}
+
+impl Memory {
+    /// Takes in what doing a step has shown.
+    pub(crate) fn learn(&mut self, now: Millis, step: &str, fact: &Fact) {
+        match fact {
+            Fact::Job(_) => {
+                self.written = Some(now);
+                if step == "Requeue" || step == "Finish" {
+                    self.published = None;
+                }
+            }
+            // It carries the input, for all orders after it as well.
+            Fact::Assignment(_) if matches!(step, "Place" | "CreateAssignment") => self.staged = None,
+            Fact::Staged(inputs) => {
+                self.refused = None;
+                self.staged = Some(inputs.clone());
+            }
+            Fact::InputRefused(refusal) => {
+                self.refused = Some((refusal.clone(), Millis(now.0 + INPUT_AGAIN)))
+            }
+            Fact::Published(publication) => self.published = Some(publication.clone()),
+            Fact::Assignment(_)
+            | Fact::AssignmentGone { .. }
+            | Fact::JobGone
+            | Fact::Silent
+            | Fact::InputsGone => {}
+        }
+    }
 }
 
 /// Work for one job.
@@ -58,6 +90,7 @@ pub(crate) struct Round<'a> {
     pub(crate) store: &'a Store,
     pub(crate) memory: &'a BTreeMap<String, Memory>,
     pub(crate) busy: &'a BTreeMap<String, Option<Claim>>,
+    /// Jobs that ConfigMaps with inputs may be there for.
     pub(crate) has_inputs: &'a BTreeSet<String>,
     /// Since when jobs are missing that something was made for.
     pub(crate) missing_since: &'a BTreeMap<String, Millis>,
@@ -111,18 +144,19 @@ impl<'a> Round<'a> {
         homeless: &mut Homeless<'a>,
     ) {
         let empty = Memory::default();
-        let memory = self.memory.get(uid).unwrap_or(&empty);
-        let mut runs: Vec<&Assignment> = assignments
+        let remembered = self.memory.get(uid);
+        let memory = remembered.unwrap_or(&empty);
+        let mut runs: Vec<&'a Assignment> = assignments
             .iter()
             .copied()
             .filter(|a| a.spec.kind == Kind::Run)
             .collect();
         runs.sort_by_key(|a| a.spec.epoch);
-        let staged = memory
-            .staged
-            .clone()
-            .or_else(|| runs.last().map(|a| a.spec.inputs.clone()));
-        let input = match (&staged, &memory.refused) {
+        // Not copied: there may be many jobs, and this is done for each in every round.
+        let staged: Option<&'a [StagedInput]> = remembered
+            .and_then(|m| m.staged.as_deref())
+            .or_else(|| runs.last().map(|a| a.spec.inputs.as_slice()));
+        let input = match (staged, &memory.refused) {
             (Some(_), _) => InputState::Staged,
             (None, Some((refusal, until))) if *until > self.now => InputState::Refused(refusal.clone()),
             (None, _) => InputState::ToStage,
@@ -223,7 +257,10 @@ impl<'a> Round<'a> {
                 "Finish",
                 self.write(job, memory, draft().finish(&outcome, current).done()),
             ),
-            Step::CleanUp => ("CleanUp", orphans::clean_up(uid, assignments)),
+            Step::CleanUp => {
+                let staged = self.has_inputs.contains(uid);
+                ("CleanUp", orphans::clean_up(uid, assignments, staged))
+            }
             Step::DeleteJob => ("DeleteJob", vec![Op::DeleteJob]),
         };
         if !ops.is_empty() {
@@ -257,7 +294,7 @@ impl<'a> Round<'a> {
         &self,
         job: &InferenceJob,
         runs: &[&Assignment],
-        staged: Option<Vec<StagedInput>>,
+        staged: Option<&[StagedInput]>,
         on: Option<RunsOn>,
     ) -> Vec<Op> {
         let (Some(status), Some(on)) = (&job.status, on) else {
@@ -297,7 +334,7 @@ impl<'a> Round<'a> {
                 session,
                 term: self.term,
                 parallel_limit,
-                inputs,
+                inputs: inputs.to_vec(),
                 runs,
             },
         );

@@ -2,7 +2,7 @@
 //!
 //! Owns: a stand-in for the executor that keeps the store's own rules. Tests only.
 
-use crate::apply::Op;
+use crate::apply::{Fact, Op};
 use crate::config::{Config, Layers, LogFormat, Pod};
 use crate::observe::{Change, LeaseInfo, NodeInfo, Observation};
 use crate::round::{Memory, Round, Work};
@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 
 mod former_runs;
+mod short_inputs;
 
 struct Sim {
     store: Store,
@@ -28,6 +29,8 @@ struct Sim {
     version: u64,
     writes: u32,
     steps: Vec<String>,
+    /// What staging a job's input comes to.
+    input: StagedInput,
     /// Leases that had to be silent.
     silent: Vec<String>,
 }
@@ -62,6 +65,7 @@ impl Sim {
             version: 100,
             writes: 0,
             steps: vec![],
+            input: short_inputs::beside_the_order(),
             silent: vec![],
         };
         let none = || vec![];
@@ -204,18 +208,21 @@ impl Sim {
                     self.silent.push(lease);
                 }
                 Op::Stage => {
-                    self.has_inputs.insert(work.uid.clone());
-                    memory.staged = Some(vec![StagedInput {
-                        config_map: "input-u-0".into(),
-                        first_line: 1,
-                        records: 2,
-                    }]);
+                    if self.input.config_map.is_some() {
+                        self.has_inputs.insert(work.uid.clone());
+                    }
+                    memory.staged = Some(vec![self.input.clone()]);
                 }
                 Op::Create(a) | Op::CreateIfStill(a) => {
                     let mut a = *a;
                     a.metadata.uid = Some(format!("uid-{}", a.name_any()));
                     a.metadata.resource_version = version;
                     assert!(!self.store.assignments.contains_key(&a.name_any()));
+                    memory.learn(
+                        Millis(self.now),
+                        work.step,
+                        &Fact::Assignment(Box::new(a.clone())),
+                    );
                     self.store.put_assignment(a);
                 }
                 Op::Stop(a, stop) => {

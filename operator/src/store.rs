@@ -67,6 +67,16 @@ fn not_older<K: Resource>(old: &K, new: &K) -> bool {
     }
 }
 
+/// Drops what is read anew when it is wanted: answers, which may be many in all.
+fn lighten(mut assignment: Assignment) -> Assignment {
+    assignment.metadata.managed_fields = None;
+    let checkpoint = assignment.status.as_mut().and_then(|s| s.checkpoint.as_mut());
+    if let Some(checkpoint) = checkpoint {
+        checkpoint.text = None;
+    }
+    assignment
+}
+
 impl Store {
     pub(crate) fn new(liveness: Liveness) -> Self {
         Self {
@@ -178,20 +188,15 @@ impl Store {
         match change {
             Change::Changed(assignment) => self.put_assignment(*assignment),
             Change::Gone(assignment) => self.drop_assignment(&assignment.name_any(), &uid(&*assignment)),
-            other => {
-                if let Change::Listed(all) = &other {
-                    for assignment in all {
-                        self.note_claim(assignment);
-                    }
+            Change::Listed(all) => {
+                for assignment in &all {
+                    self.note_claim(assignment);
                 }
-                take(
-                    &mut self.assignments,
-                    &mut self.listed,
-                    "Assignment",
-                    other,
-                    kube::ResourceExt::name_any,
-                );
+                let light = all.into_iter().map(lighten);
+                self.assignments = light.map(|a| (a.name_any(), a)).collect();
+                self.listed.insert("Assignment");
             }
+            Change::Blind => {}
         }
     }
 
@@ -223,8 +228,8 @@ impl Store {
     }
 
     /// Takes an assignment as a watch or a write brought it, unless a newer version is known.
-    pub(crate) fn put_assignment(&mut self, mut assignment: Assignment) {
-        assignment.metadata.managed_fields = None;
+    pub(crate) fn put_assignment(&mut self, assignment: Assignment) {
+        let assignment = lighten(assignment);
         self.note_claim(&assignment);
         let key = assignment.name_any();
         if !self.gone.contains(&uid(&assignment))
@@ -452,6 +457,27 @@ mod tests {
             "status": status,
         }))
         .unwrap()
+    }
+
+    #[test]
+    fn no_answers_are_kept_but_which_lines_have_one_is() {
+        let mut store = Store::new(Liveness::new(LeaseTiming::default(), Millis(0)));
+        let status = json!({"state": "Succeeded",
+            "checkpoint": {"chunks": 2, "text": "{}\n", "lines": [{"first": 1, "last": 3}], "failed": 1, "bytes": 9}});
+        let kept = |store: &Store| {
+            let status = store.assignments["u-1"].status.clone().unwrap();
+            let checkpoint = status.checkpoint.unwrap();
+            assert_eq!(
+                (checkpoint.chunks, checkpoint.failed, checkpoint.lines.len()),
+                (2, 1, 1)
+            );
+            checkpoint.text
+        };
+        store.put_assignment(assignment(1, &status));
+        assert_eq!(kept(&store), None);
+        let listed = Change::Listed(vec![assignment(2, &status)]);
+        store.apply(Millis(0), Observation::Assignment(listed));
+        assert_eq!(kept(&store), None);
     }
 
     #[test]

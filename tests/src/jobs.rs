@@ -1,7 +1,7 @@
 //! Jobs over the demo model whose answers are known: made, awaited and judged.
 
 use anyhow::{Context as _, Result, ensure};
-use gogrid_api::{InferenceJob, condition};
+use gogrid_api::{Assignment, InferenceJob, condition, names};
 use gogrid_testmodels::demo;
 use k8s_openapi::api::core::v1::ConfigMap;
 use kube::api::{Api, PostParams};
@@ -30,6 +30,15 @@ impl Questions {
             .map(|(n, (prompt, right))| (format!("q{n}"), prompt, right))
             .collect();
         Self { asked }
+    }
+
+    /// The same with ids of 400 letters: a few dozen are too long for an order, and their answers for its status.
+    #[must_use]
+    pub fn wordy(mut self) -> Self {
+        for (id, _, _) in &mut self.asked {
+            id.push_str(&"-".repeat(400));
+        }
+        self
     }
 
     /// `custom_id`, prompt and right answer of each.
@@ -126,6 +135,33 @@ pub async fn until(
     eventually(within, what, || async {
         let job = jobs.get(&name).await?;
         accept(&job).map(|()| job)
+    })
+    .await
+}
+
+/// Waits until the job's order of that epoch, in GoGrid's own namespace, says that some answers are durable; returns their
+/// texts, wherever they lie.
+pub async fn until_kept(
+    client: &Client,
+    own: &str,
+    uid: &str,
+    epoch: i64,
+    within: Duration,
+) -> Result<Vec<String>> {
+    let orders: Api<Assignment> = Api::namespaced(client.clone(), own);
+    let maps: Api<ConfigMap> = Api::namespaced(client.clone(), own);
+    let name = names::assignment(uid, epoch);
+    eventually(within, "answers of that epoch to be kept", || async {
+        let order = orders.get(&name).await?;
+        let checkpoint = order.status.and_then(|s| s.checkpoint).context("no checkpoint")?;
+        let mut texts: Vec<String> = checkpoint.text.into_iter().collect();
+        for n in 0..u32::try_from(checkpoint.chunks)? {
+            let chunk = names::result_chunk(&name, &order.spec.node_name, n);
+            let data = maps.get(&chunk).await?.data;
+            texts.extend(data.and_then(|mut data| data.remove(names::RESULTS_KEY)));
+        }
+        ensure!(!texts.is_empty(), "a checkpoint without answers");
+        Ok(texts)
     })
     .await
 }

@@ -4,12 +4,12 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use gogrid_api::{InferenceJob, InferenceJobStatus, condition, names};
-use gogrid_tests::cluster::{Cluster, ClusterOptions, on_runtime, tenths_of_lease};
+use gogrid_api::{InferenceJob, InferenceJobStatus, condition};
+use gogrid_tests::cluster::{Cluster, ClusterOptions, NAMESPACE, on_runtime, tenths_of_lease};
 use gogrid_tests::controlplane::ControlPlane;
-use gogrid_tests::jobs::{Questions, short, spec, succeeded};
+use gogrid_tests::jobs::{Questions, short, spec, succeeded, until_kept};
 use gogrid_tests::procfs;
-use gogrid_tests::wait::{eventually, throughout};
+use gogrid_tests::wait::throughout;
 use kube::ResourceExt as _;
 use kube::api::{Patch, PatchParams};
 use serde_json::{Value, json};
@@ -41,17 +41,10 @@ async fn until_suspended(cluster: &Cluster, job: &InferenceJob) -> Result<Infere
     Ok(status)
 }
 
-async fn until_answered(cluster: &Cluster, job: &InferenceJob, node: &str, epoch: i64) -> Result<()> {
-    let since = job.creation_timestamp().context("not created")?.0;
+async fn until_answered(cluster: &Cluster, job: &InferenceJob, epoch: i64) -> Result<()> {
     let uid = job.uid().context("no uid")?;
-    let chunk = names::result_chunk(&names::assignment(&uid, epoch), node, 0);
-    let control = &cluster.control;
-    eventually(LONG, "answers of that epoch", || async {
-        let writes = control.audit_accepted(since, control.now())?;
-        ensure!(writes.iter().any(|e| e.name == chunk), "{}", cluster.log_tails(5));
-        Ok(())
-    })
-    .await
+    let kept = until_kept(&cluster.client, NAMESPACE, &uid, epoch, LONG).await;
+    kept.map(drop).with_context(|| cluster.log_tails(5))
 }
 
 #[test]
@@ -69,7 +62,7 @@ fn a_queue_admits_a_job_evicts_it_and_admits_it_elsewhere_with_what_it_had_done_
         let waiting = until_suspended(&cluster, &job).await?;
         ensure!(waiting.epoch == 0, "placed before it was admitted");
         write(&cluster, &job, admission("node-1")).await?;
-        until_answered(&cluster, &job, "node-1", 1).await?;
+        until_answered(&cluster, &job, 1).await?;
 
         write(&cluster, &job, json!({"spec": {"suspend": true}})).await?;
         let evicted = until_suspended(&cluster, &job).await?;

@@ -5,10 +5,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use gogrid_api::{Assignment, condition};
+use gogrid_api::{Assignment, InferenceJob, condition, names};
 use gogrid_tests::cluster::{Cluster, ClusterOptions, NAMESPACE, on_runtime};
-use gogrid_tests::controlplane::ControlPlane;
-use gogrid_tests::jobs::{Questions, spec, succeeded};
+use gogrid_tests::controlplane::{AuditEvent, ControlPlane, OURS};
+use gogrid_tests::jobs::{Questions, spec, succeeded, until_kept};
 use gogrid_tests::wait::eventually;
 use k8s_openapi::api::core::v1::ConfigMap;
 use kube::ResourceExt as _;
@@ -111,6 +111,56 @@ fn twenty_jobs_on_three_agents_all_finish_right_and_batches_fill_to_the_profiles
     })
 }
 
+/// Accepted writes of GoGrid's programs about a job and its output, by verb and resource.
+fn writes_about(cluster: &Cluster, job: &InferenceJob) -> Result<Vec<String>> {
+    let since = job.creation_timestamp().context("not created")?.0;
+    let (uid, name) = (job.uid().context("no uid")?, job.name_any());
+    let all = cluster.control.audit_accepted(since, cluster.control.now())?;
+    let about = |e: &&AuditEvent| {
+        let ours = e.resource != "events" && (e.name == name || e.name.contains(&uid));
+        ours && e.user.starts_with(OURS) && e.writes()
+    };
+    let told = |e: &AuditEvent| format!("{} {}/{} {}", e.verb, e.resource, e.subresource, e.name);
+    Ok(all.iter().filter(about).map(told).collect())
+}
+
+#[test]
+fn a_small_jobs_life_costs_seven_writes_and_a_large_ones_input_and_answers_lie_beside_its_order() -> Result<()>
+{
+    on_runtime(async {
+        let cluster = cluster().await?;
+        for (name, questions) in [
+            ("small", Questions::new(8, 3)),
+            ("large", Questions::new(8, 60).wordy()),
+        ] {
+            let spec = spec(&questions.lines(), name)?;
+            let job = cluster.create_job("default", name, spec).await?;
+            let job = cluster.until_finished(&job, LONG).await?;
+            succeeded(&job)?;
+            questions.right(&cluster.results(&job).await?)?;
+            let orders: Api<Assignment> = Api::namespaced(cluster.client.clone(), NAMESPACE);
+            let order = names::assignment(&job.uid().context("no uid")?, 1);
+            let writes = eventually(LONG, "its order to be gone", || async {
+                ensure!(orders.get_opt(&order).await?.is_none(), "still there");
+                let writes = writes_about(&cluster, &job)?;
+                let gone = writes.iter().any(|w| w.starts_with("delete assignments"));
+                ensure!(gone, "the removal is not in the audit log yet");
+                Ok(writes)
+            })
+            .await?;
+            println!("{name}: {} writes: {writes:#?}", writes.len());
+            let beside = |prefix: &str| writes.iter().any(|w| w.contains(prefix));
+            let beside = (beside(" input-"), beside(" result-"));
+            ensure!(
+                beside == (name == "large", name == "large"),
+                "{beside:?}: {writes:#?}"
+            );
+            ensure!(name == "large" || writes.len() == 7, "{writes:#?}");
+        }
+        Ok(())
+    })
+}
+
 /// A job that takes a while: many records behind an interval of 100 ms.
 async fn slow_job(
     cluster: &Cluster,
@@ -125,17 +175,8 @@ async fn slow_job(
 
 async fn until_some_are_answered(cluster: &Cluster, job: &gogrid_api::InferenceJob) -> Result<()> {
     let uid = job.uid().context("no uid")?;
-    let maps: Api<ConfigMap> = Api::namespaced(cluster.client.clone(), NAMESPACE);
-    let chunks = ListParams::default().labels(&format!("gogrid.dev/job-uid={uid},gogrid.dev/role=result"));
-    eventually(LONG, "a first checkpoint", || async {
-        ensure!(
-            !maps.list(&chunks).await?.items.is_empty(),
-            "no chunk yet; {}",
-            cluster.log_tails(5)
-        );
-        Ok(())
-    })
-    .await
+    let kept = until_kept(&cluster.client, NAMESPACE, &uid, 1, LONG).await;
+    kept.map(drop).with_context(|| cluster.log_tails(5))
 }
 
 #[test]

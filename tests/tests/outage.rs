@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use gogrid_api::{InferenceJob, names};
-use gogrid_tests::cluster::{Cluster, ClusterOptions, lease_seconds, on_runtime, tenths_of_lease};
+use gogrid_tests::cluster::{Cluster, ClusterOptions, NAMESPACE, lease_seconds, on_runtime, tenths_of_lease};
 use gogrid_tests::controlplane::ControlPlane;
-use gogrid_tests::jobs::{Questions, lasting, spec, succeeded};
+use gogrid_tests::jobs::{Questions, lasting, spec, succeeded, until_kept};
 use gogrid_tests::procfs;
 use gogrid_tests::steps::{self, Step, boottime_of};
 use gogrid_tests::wait::eventually;
@@ -64,15 +64,9 @@ impl Run {
             .await?;
         spec["profileName"] = json!("conservative");
         let job = cluster.create_job("default", name, spec).await?;
-        let control = &cluster.control;
-        eventually(long(), "a checkpoint", || async {
-            let uid = job.uid().context("no uid")?;
-            let chunk = names::result_chunk(&names::assignment(&uid, 1), NODE, 0);
-            let writes = control.audit_accepted(since, control.now())?;
-            ensure!(writes.iter().any(|e| e.name == chunk), "{}", cluster.log_tails(5));
-            Ok(())
-        })
-        .await?;
+        let uid = job.uid().context("no uid")?;
+        let kept = until_kept(&cluster.client, NAMESPACE, &uid, 1, long()).await;
+        kept.with_context(|| cluster.log_tails(5))?;
         let agent = u32::try_from(cluster.process(NODE)?.pid())?;
         let worker = procfs::workers_of(agent)?.pop().context("no worker")?.pid;
         Ok(Self {

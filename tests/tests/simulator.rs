@@ -31,6 +31,40 @@ fn the_same_seed_is_the_same_run_to_the_last_write() {
 }
 
 #[test]
+fn inputs_and_answers_take_both_ways_in_orders_and_beside_them_and_answers_move_from_one_to_the_other() {
+    let told = Setup { trace: true, ..SETUP };
+    let trace = run(11, told).unwrap().trace;
+    let seen = |what: &str| trace.iter().filter(|line| line.contains(what)).count();
+    let orders = trace.iter().filter(|line| line.contains("Added Assignment"));
+    let (orders, staged) = (orders.count(), seen("Added ConfigMap input-"));
+    let (carried, chunks) = (
+        seen("0 chunks and ") - seen("0 chunks and 0 bytes"),
+        seen("Added ConfigMap result-"),
+    );
+    assert!(
+        staged > 0 && orders > staged,
+        "{orders} orders, {staged} staged parts"
+    );
+    assert!(
+        carried > 0 && chunks > 0,
+        "{carried} statuses with answers, {chunks} chunks"
+    );
+    // An order whose status held answers, and after that a chunk.
+    let moved = trace.iter().any(|line| {
+        let order = line.split_whitespace().find(|word| word.starts_with("00000000-"));
+        let of_it = |later: &&String| order.is_some_and(|order| later.contains(order));
+        line.contains("is \"Running\"")
+            && line.contains(" 0 chunks and ")
+            && !line.contains(" 0 bytes")
+            && trace
+                .iter()
+                .filter(of_it)
+                .any(|later| later.contains(" 1 chunks and "))
+    });
+    assert!(moved, "no answers moved from a status into a chunk");
+}
+
+#[test]
 fn nobody_gets_less_than_asked_or_anything_twice_whatever_goes_wrong_at_whatever_step() {
     let report = sweep(1, 6, 2, SETUP).unwrap();
     assert!(report.clean(), "{:#?}", report.violations);

@@ -94,9 +94,9 @@ pub struct Job {
     pub outdated: bool,
     /// All records are answered.
     pub exhausted: bool,
-    /// Answers are not durable yet.
+    /// More answers are not durable yet than its last report can carry.
     pub unsaved: bool,
-    /// A write of answers or facts is on its way.
+    /// A chunk of answers is on its way.
     pub saving: bool,
     /// Its fence has passed since the last renewal that was granted to it.
     pub fenced: bool,
@@ -215,7 +215,7 @@ pub enum Step {
     Fail(String, Failure),
     /// Kill its worker.
     Kill(String),
-    /// Make unsaved answers durable.
+    /// Make answers durable.
     Save(String),
     /// Look the assignment up after a contact that followed a fence.
     Confirm(String),
@@ -373,7 +373,7 @@ fn advance(context: &Context<'_>, name: &str, job: &Job, order: Option<&Order>) 
     let name = name.to_owned();
     let now = context.now;
     let kill = |name: String| (!job.killed).then_some(Step::Kill(name));
-    // An end in whatever way: the worker first, then what it has answered, then the report.
+    // An end in whatever way: the worker first, then what it has answered, then the report, which carries the rest of that.
     let end = |name: String, ending: Ending| match job.worker {
         Some(_) => kill(name),
         None if job.saving => None,

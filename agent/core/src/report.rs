@@ -4,9 +4,9 @@
 //! write anything.
 
 use crate::session::{Nanos, nanos};
-use gogrid_api::assignment::State;
+use gogrid_api::assignment::{Checkpoint, Notice, State};
 use gogrid_api::node::Device;
-use gogrid_api::{ByteQuantity, Bytes, GpuNodeStatus, LeaseTiming, Millis};
+use gogrid_api::{AssignmentStatus, ByteQuantity, Bytes, GpuNodeStatus, LeaseTiming, Millis};
 
 /// Between two writes caused by memory figures.
 pub const MEMORY_EVERY: Millis = Millis(10_000);
@@ -19,19 +19,33 @@ const LOOKS: Nanos = 6;
 /// How long getting or loading a model takes before that is worth telling.
 pub const PASSING: Millis = Millis(5_000);
 
-/// Whether an assignment's state that has lasted that long is worth a write. A model that is at hand is got and loaded
-/// within moments, and every write of an agent's is followed by one of the operator's. The claim is always written:
-/// nothing begins before it is accepted.
-pub fn worth_telling(state: State, lasted: Nanos) -> bool {
+/// Whether an assignment's status whose state has lasted that long is worth a write. A model that is at hand is got and
+/// loaded within moments, a small job answers its records within a few more, and every write of an agent's is followed by one
+/// of the operator's. The claim is always written: nothing begins before it is accepted. So are answers and what is wrong.
+pub fn worth_telling(
+    written: Option<&AssignmentStatus>,
+    status: &AssignmentStatus,
+    lasted: Nanos,
+    timing: LeaseTiming,
+) -> bool {
+    fn news(status: &AssignmentStatus) -> (&Option<Checkpoint>, &Option<Notice>, &Option<Notice>) {
+        (&status.checkpoint, &status.throttled, &status.vram_exceeded)
+    }
+    let Some(state) = status.state else { return false };
+    let none = AssignmentStatus::default();
+    if news(written.unwrap_or(&none)) != news(status) {
+        return true;
+    }
     match state {
         State::Fetching | State::Loading => lasted >= nanos(PASSING),
-        State::Claimed
-        | State::Running
-        | State::Stopping
-        | State::Stopped
-        | State::Succeeded
-        | State::Failed => true,
+        State::Running => lasted >= nanos(passing_run(timing)),
+        State::Claimed | State::Stopping | State::Stopped | State::Succeeded | State::Failed => true,
     }
+}
+
+/// How long records are answered before that is worth telling: half a lease.
+pub fn passing_run(timing: LeaseTiming) -> Millis {
+    Millis(timing.lease().0 / 2)
 }
 
 /// The figure to publish: the old one unless the new differs by max(256 MiB, 5 % of the device).
@@ -200,20 +214,56 @@ mod tests {
     }
 
     #[test]
-    fn getting_and_loading_a_model_is_told_only_where_it_takes_a_while_and_everything_else_at_once() {
-        let second = 1_000_000_000;
-        for state in [State::Fetching, State::Loading] {
-            assert!(!worth_telling(state, 4 * second) && worth_telling(state, 5 * second));
+    fn passing_states_are_told_only_where_they_take_a_while_and_everything_else_at_once() {
+        let (timing, second) = (LeaseTiming::default(), 1_000_000_000);
+        let is = |state| AssignmentStatus {
+            state: Some(state),
+            ..AssignmentStatus::default()
+        };
+        let claimed = is(State::Claimed);
+        let told = |status: &AssignmentStatus, lasted| worth_telling(Some(&claimed), status, lasted, timing);
+        for (state, seconds) in [(State::Fetching, 5), (State::Loading, 5), (State::Running, 20)] {
+            assert!(!told(&is(state), seconds * second - 1) && told(&is(state), seconds * second));
         }
         let at_once = [
             State::Claimed,
-            State::Running,
             State::Stopping,
             State::Stopped,
             State::Succeeded,
             State::Failed,
         ];
-        assert!(at_once.iter().all(|state| worth_telling(*state, 0)));
+        assert!(at_once.iter().all(|state| told(&is(*state), 0)));
+        assert!(!told(&AssignmentStatus::default(), u64::MAX));
+    }
+
+    #[test]
+    fn answers_and_what_is_wrong_are_told_at_once_whatever_the_state_and_only_once() {
+        let timing = LeaseTiming::default();
+        let running = AssignmentStatus {
+            state: Some(State::Running),
+            ..AssignmentStatus::default()
+        };
+        let answered = AssignmentStatus {
+            checkpoint: Some(Checkpoint {
+                text: Some("{}\n".into()),
+                ..Checkpoint::default()
+            }),
+            ..running.clone()
+        };
+        let notice = || Notice {
+            reason: "Shed".into(),
+            message: "too much".into(),
+        };
+        let exceeds = AssignmentStatus {
+            vram_exceeded: Some(notice()),
+            ..running.clone()
+        };
+        assert!(!worth_telling(None, &running, 0, timing));
+        for status in [&answered, &exceeds] {
+            assert!(worth_telling(None, status, 0, timing));
+            assert!(!worth_telling(Some(status), status, 0, timing));
+            assert!(worth_telling(Some(status), &running, 0, timing));
+        }
     }
 
     #[test]

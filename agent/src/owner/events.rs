@@ -453,6 +453,7 @@ impl Owner {
                 }
                 work.bytes = actual;
                 work.status.state = Some(State::Running);
+                work.turned_at = now;
                 workers::fill_status(work, now);
                 self.enter(&name, Phase::Running, now);
             }

@@ -1,4 +1,4 @@
-//! Records to workers, answers to durable chunks.
+//! Records to workers, answers to where they are durable.
 //!
 //! Owns: which worker gets the next record, and what the plan is told of a job's records. Must not plan.
 
@@ -11,7 +11,7 @@ use gogrid_agent_core::protocol::ToWorker;
 use gogrid_agent_core::session::{Nanos, Standing, nanos};
 use gogrid_agent_core::shares::window;
 use gogrid_agent_core::watchdog::Rung;
-use gogrid_api::assignment::{ModelFacts, State};
+use gogrid_api::assignment::{ModelFacts, StagedInput, State};
 use gogrid_api::job::Failure;
 use std::sync::Arc;
 use std::time::Duration;
@@ -56,7 +56,7 @@ impl Owner {
                     work.status.facts = facts;
                 }
                 self.enter(name, Phase::Verified, now);
-                self.read_input(name);
+                self.read_input(name, now);
             }
             Err(Failure {
                 reason,
@@ -66,13 +66,31 @@ impl Owner {
         }
     }
 
-    fn read_input(&mut self, name: &str) {
-        let Some(work) = self.work.get_mut(name) else {
-            return;
-        };
-        let Some((part, config_map)) = work.feed.want() else {
-            return;
-        };
+    /// Gets the next parts of the input that are wanted: those that the order carries at once, another one by a call.
+    fn read_input(&mut self, name: &str, now: Nanos) {
+        while let Some((part, input)) = self.work.get_mut(name).and_then(|work| work.feed.want()) {
+            let StagedInput {
+                config_map,
+                text,
+                first_line: _,
+                records: _,
+            } = input;
+            match (text, config_map) {
+                (Some(text), _) => self.input_read(name, part, Ok(text), now),
+                (None, Some(config_map)) => return self.fetch_input(name, part, config_map),
+                (None, None) => {
+                    return self.fail(
+                        name,
+                        "InputMismatch",
+                        "the order says of no place where its input is",
+                        false,
+                    );
+                }
+            }
+        }
+    }
+
+    fn fetch_input(&self, name: &str, part: usize, config_map: String) {
         let (calls, hub, name) = (self.tools.calls.clone(), self.tools.hub.clone(), name.to_owned());
         let host = Arc::clone(&self.tools.host);
         self.tools.host.spawn(Box::pin(async move {
@@ -159,10 +177,7 @@ impl Owner {
             Ok(_) => {
                 let lines = work.feed.saved(now);
                 workers::fill_status(work, now);
-                if let Some(link) = &work.link {
-                    // A worker that takes no message is killed by its own end; nothing is lost here.
-                    let _ = link.worker(&ToWorker::Acknowledge { lines });
-                }
+                workers::acknowledge(work, lines);
             }
             Err(failure) => {
                 work.feed.not_saved();
@@ -195,7 +210,7 @@ impl Owner {
         };
         let names: Vec<String> = self.work.keys().filter(|n| ready(self, n)).cloned().collect();
         for name in &names {
-            self.read_input(name);
+            self.read_input(name, now);
         }
         let devices: std::collections::BTreeSet<String> = names
             .iter()

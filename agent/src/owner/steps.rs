@@ -5,6 +5,7 @@
 use super::work::Work;
 use super::{Owner, workers};
 use crate::event::{Event, WriteFailure};
+use gogrid_agent_core::feed::Save;
 use gogrid_agent_core::plan::{Ending, Job, Phase, Step, Stopping};
 use gogrid_agent_core::protocol::{ToPool, ToWorker, Usage};
 use gogrid_agent_core::report::worth_telling;
@@ -47,7 +48,7 @@ impl Owner {
                 true
             }
             Step::Kill(name) => self.kill(&name),
-            Step::Save(name) => self.save(&name),
+            Step::Save(name) => self.save(&name, now),
             Step::Confirm(name) => self.confirm(name),
             Step::Continue(name) => self.wake_worker(&name, now),
             Step::Finish(name, ending) => {
@@ -296,13 +297,18 @@ impl Owner {
         }
     }
 
-    /// Writes the next chunk of answers.
-    pub(super) fn save(&mut self, name: &str) -> bool {
+    /// Makes the next answers durable: in a chunk, or with the status, which is written as it changes.
+    fn save(&mut self, name: &str, now: Nanos) -> bool {
         let (Some(job), Some(work)) = (self.jobs.get_mut(name), self.work.get_mut(name)) else {
             return false;
         };
-        let Some((number, chunk)) = work.feed.save() else {
-            return false;
+        let (number, chunk) = match work.feed.save() {
+            Some(Save::Chunk(number, chunk)) => (number, chunk),
+            Some(Save::Status) => {
+                workers::fill_status(work, now);
+                return true;
+            }
+            None => return false,
         };
         job.saving = true;
         let host = Arc::clone(&self.tools.host);
@@ -377,6 +383,8 @@ impl Owner {
             Ending::Failed(_) => "Failed",
         };
         self.tools.metrics.ends.with_label_values(&[result]).inc();
+        // One write says the end and carries what is in no chunk.
+        work.feed.carry();
         workers::fill_status(work, now);
         if let Ending::Evicted(failure) | Ending::Failed(failure) = ending {
             work.status.failure = Some(failure);
@@ -393,7 +401,7 @@ impl Owner {
                 .get(&name)
                 .is_some_and(|j| j.phase != Phase::Over && !j.saving);
             if running && self.work.get(&name).is_some_and(|w| w.feed.save_due(now, every)) {
-                self.save(&name);
+                self.save(&name, now);
             }
             self.flush_one(&name, now);
         }
@@ -411,11 +419,12 @@ impl Owner {
             return;
         }
         let lasted = now.saturating_sub(work.turned_at);
-        if work
-            .status
-            .state
-            .is_none_or(|state| !worth_telling(state, lasted))
-        {
+        if !worth_telling(
+            work.written.as_ref(),
+            &work.status,
+            lasted,
+            self.tools.config.timing,
+        ) {
             return;
         }
         let status = work.status.clone();
@@ -445,6 +454,10 @@ impl Owner {
         match written {
             Ok(version) => {
                 work.target.resource_version = version;
+                if let Some(checkpoint) = status.as_ref().and_then(|s| s.checkpoint.as_ref()) {
+                    let lines = work.feed.reported(checkpoint);
+                    workers::acknowledge(work, lines);
+                }
                 work.written = status;
                 if let Some(job) = self.jobs.get_mut(name) {
                     job.accepted = true;

@@ -5,7 +5,7 @@
 use super::work::Work;
 use gogrid_agent_core::protocol::{IoPriority, Sampling, ToWorker};
 use gogrid_agent_core::session::Nanos;
-use gogrid_api::assignment::AppliedLimits;
+use gogrid_api::assignment::{AppliedLimits, Checkpoint};
 use gogrid_api::job::{Generation, Measured};
 use gogrid_api::{Bytes, Percent};
 use std::fmt::Write as _;
@@ -72,6 +72,14 @@ pub(super) fn io_text(io: IoPriority) -> String {
     }
 }
 
+/// Tells a job's worker that these lines' answers are durable.
+pub(super) fn acknowledge(work: &Work, lines: Vec<u64>) {
+    if let Some(link) = work.link.as_ref().filter(|_| !lines.is_empty()) {
+        // A worker that takes no message is killed by its own end; nothing is lost here.
+        let _ = link.worker(&ToWorker::Acknowledge { lines });
+    }
+}
+
 /// Progress, memory, limits and checkpoint as they stand at a transition.
 pub(super) fn fill_status(work: &mut Work, now: Nanos) {
     work.status.progress = work.loaded_at.map(|_| work.feed.progress(work.running_for(now)));
@@ -82,8 +90,8 @@ pub(super) fn fill_status(work: &mut Work, now: Nanos) {
         });
     }
     let checkpoint = work.feed.checkpoint();
-    if checkpoint.chunks > 0 {
-        work.status.checkpoint = Some(checkpoint.clone());
+    if checkpoint != Checkpoint::default() {
+        work.status.checkpoint = Some(checkpoint);
     }
     if let Some(limits) = applied(work) {
         work.status.limits = Some(limits);

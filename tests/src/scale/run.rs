@@ -280,7 +280,7 @@ impl Soak {
         let from = self.moment().await?;
         let made = (1..=jobs).map(|n| {
             let name = format!("{LOAD}{n:05}");
-            let lines: Vec<String> = (1..=records).map(|r| record(&name, r, None)).collect();
+            let lines: Vec<String> = (1..=records).map(|r| record(&name, r, 1, None)).collect();
             job(&name, &lines)
         });
         let made = made.collect::<Result<_, _>>()?;
@@ -337,7 +337,7 @@ impl Soak {
         let records = 600_000_u64.div_ceil(millis.max(1)).clamp(2, 1_000);
         let made = (1..=agents).map(|n| {
             let name = format!("{STEADY}{n:05}");
-            let lines: Vec<String> = (1..=records).map(|r| record(&name, r, Some(millis))).collect();
+            let lines: Vec<String> = (1..=records).map(|r| record(&name, r, 1, Some(millis))).collect();
             job(&name, &lines)
         });
         submit(&self.client, &self.board, made.collect::<Result<_, _>>()?, rate).await?;

@@ -20,7 +20,7 @@ pub enum Step {
     Load,
     /// Records are answered.
     Run,
-    /// A chunk of answers was written.
+    /// Answers were written, as a chunk or in an order's status.
     Save,
     /// The run is being stopped.
     Stop,

@@ -43,6 +43,8 @@ pub struct Findings {
     late: BTreeSet<String>,
     published: BTreeMap<String, String>,
     states: BTreeMap<String, String>,
+    /// How long the answers in each order's status were.
+    answers: BTreeMap<String, usize>,
     epochs: BTreeMap<String, (i64, bool)>,
 }
 
@@ -99,6 +101,7 @@ impl Findings {
             (Kind::Assignment, What::Modified) => {
                 self.state(&name, &object.value);
                 self.taken_up(now, &name, object);
+                self.kept(&name, object);
             }
             (Kind::Job, What::Modified) => self.job(&name, &object.value),
             (Kind::ConfigMap, What::Added) if name.starts_with("result-") => self.step(Step::Save, ""),
@@ -156,6 +159,14 @@ impl Findings {
             let text = format!("order {name} of a leader that was followed by another was taken up");
             self.wrong.push(text.clone());
             self.say(now, &text);
+        }
+    }
+
+    /// Whether an order's status has got more answers.
+    fn kept(&mut self, name: &str, object: &Stored) {
+        let long = object.text_at("/status/checkpoint/text").len();
+        if long > self.answers.insert(name.to_owned(), long).unwrap_or(0) {
+            self.step(Step::Save, "");
         }
     }
 
@@ -234,12 +245,14 @@ impl Findings {
                 summary(&object.value)
             ),
             Kind::Assignment => format!(
-                "on {:?} for {:?} is {:?} stop {:?} failure {:?}",
+                "on {:?} for {:?} is {:?} stop {:?} failure {:?}, {} chunks and {} bytes of answers",
                 object.text_at("/spec/nodeName"),
                 object.text_at("/spec/session"),
                 object.text_at("/status/state"),
                 object.text_at("/spec/stop/reason"),
                 object.text_at("/status/failure/reason"),
+                number(&object.value, "/status/checkpoint/chunks"),
+                object.text_at("/status/checkpoint/text").len(),
             ),
             _ => String::new(),
         };

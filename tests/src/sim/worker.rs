@@ -53,6 +53,7 @@ pub struct Place {
 struct Task {
     line: u64,
     custom_id: Option<String>,
+    prompt: String,
     job: String,
     left: Nanos,
     began: Option<Nanos>,
@@ -237,6 +238,7 @@ impl Worker {
             };
             self.task = Some(Task {
                 line,
+                prompt: record["body"]["prompt"].as_str().unwrap_or("").to_owned(),
                 job: job.to_owned(),
                 custom_id,
                 left,
@@ -283,7 +285,7 @@ impl Worker {
             line: task.line,
             custom_id: task.custom_id,
             outcome: Outcome::Text {
-                text: format!("by {}", self.place.number),
+                text: format!("by {}: {}", self.place.number, task.prompt),
                 prompt_tokens: 8,
                 completion_tokens: 8,
                 finish: Finish::Stop,

@@ -70,10 +70,16 @@ impl Flow {
         let cluster = &world.cluster;
         let (records, slow) = match self {
             Self::Finish => (6, false),
-            Self::Retry => (12, true),
+            // Long enough to be Running, which is told after half a lease.
+            Self::Retry => (40, true),
             Self::Suspend | Self::Drain | Self::Delete => (60, true),
         };
         let questions = Questions::new(1, records);
+        // Inputs and answers of some travel in the order, those of others beside it.
+        let questions = match self {
+            Self::Finish | Self::Retry | Self::Suspend => questions,
+            Self::Drain | Self::Delete => questions.wordy(),
+        };
         if self == Self::Drain {
             drain(cluster, self.nodes()[0], false).await?;
             drain(cluster, self.nodes()[1], true).await?;
@@ -171,18 +177,20 @@ async fn fail_once(cluster: &Cluster, job: &InferenceJob, node: &str) -> Result<
 async fn until_saved(cluster: &Cluster, uid: &str) -> Result<Vec<String>> {
     eventually(LONG, "saved records", || async {
         let (assignments, chunks, _) = objects(cluster, uid).await?;
-        let text = |name: String| {
+        let text = |name: &str| {
             let map = chunks.iter().find(|map| map.name_any() == name);
             map.and_then(|map| map.data.clone()?.remove(RESULTS_KEY))
         };
         let mut saved = vec![];
+        let mut keep = |text: &str| saved.extend(text.lines().map(str::to_owned));
         for order in &assignments {
-            let checkpoint = order.status.as_ref().and_then(|s| s.checkpoint.as_ref());
-            for n in 0..u32::try_from(checkpoint.map_or(0, |c| c.chunks))? {
+            let checkpoint = order.status.as_ref().and_then(|s| s.checkpoint.clone());
+            let checkpoint = checkpoint.unwrap_or_default();
+            for n in 0..u32::try_from(checkpoint.chunks)? {
                 let name = result_chunk(&order.name_any(), &order.spec.node_name, n);
-                let text = text(name.clone()).with_context(|| format!("{name} is saved and not there"))?;
-                saved.extend(text.lines().map(str::to_owned));
+                keep(&text(&name).with_context(|| format!("{name} is saved and not there"))?);
             }
+            keep(&checkpoint.text.unwrap_or_default());
         }
         ensure!(!saved.is_empty(), "none in {} orders", assignments.len());
         Ok(saved)

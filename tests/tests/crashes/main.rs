@@ -17,7 +17,7 @@ use anyhow::{Context as _, Result, ensure};
 use gogrid_api::InferenceJob;
 use gogrid_tests::cluster::{Cluster, ClusterOptions, lease_seconds, on_runtime, program, tenths_of_lease};
 use gogrid_tests::controlplane::ControlPlane;
-use gogrid_tests::jobs::{Questions, spec, succeeded};
+use gogrid_tests::jobs::{Questions, lasting, spec, succeeded};
 use gogrid_tests::ports;
 use gogrid_tests::procfs;
 use gogrid_tests::wait::eventually;
@@ -151,7 +151,8 @@ async fn slow_job_with_a_worker(
     name: &str,
     node: Option<&str>,
 ) -> Result<(InferenceJob, Questions, String)> {
-    let questions = Questions::new(3, 120);
+    // Loaded is told after half a lease.
+    let questions = Questions::new(3, lasting(40).max(120));
     let mut spec = spec(&questions.lines(), name)?;
     spec["profileName"] = json!("conservative");
     if let Some(node) = node {

@@ -113,27 +113,29 @@ fn profile() -> Sample {
 }
 
 fn assignment() -> Sample {
-    let spec = json!({
+    let most = json!({
         "kind": "Run", "job": {"namespace": "default", "name": "a-job", "uid": "0-1"}, "epoch": 1, "term": 1, "nodeName": "node-a",
         "session": "boot/instance", "model": {"uri": "file:/srv/m.gguf", "sha256": digest()}, "profileName": "default", "stages": stages(),
         "generation": generation(), "contextTokens": 2048, "parallelSequences": 4,
         "inputs": [{"configMap": "input-0-1-0", "firstLine": 1, "records": 2}], "skip": [{"first": 1, "last": 1}], "maxFailedRecords": 1,
         "stop": {"reason": "Suspended", "graceSeconds": 30},
     });
+    let mut carrying = most.clone();
+    carrying["inputs"] = json!([{"text": "{}\n{}\n", "firstLine": 1, "records": 2}]);
     let status = json!({
         "state": "Running", "session": "boot/instance", "progress": progress(), "download": download(), "measured": {"peakVRAM": "3Gi"},
         "limits": {
             "profiles": ["default@1"], "vram": "4Gi", "computePercent": 50, "minRequestIntervalMillis": 100, "niceness": 15, "io": "Idle",
             "maxBatchSize": 2,
         },
-        "checkpoint": {"chunks": 1, "lines": [{"first": 1, "last": 1}], "failed": 0, "bytes": 2}, "failure": failure(), "facts": facts(),
+        "checkpoint": {"chunks": 1, "text": "{}\n", "lines": [{"first": 1, "last": 2}], "failed": 0, "bytes": 5}, "failure": failure(), "facts": facts(),
         "throttled": {"reason": "ForeignLoad", "message": "others work"}, "vramExceeded": {"reason": "Shed", "message": "too much"},
     });
     Sample {
         kind: "Assignment",
         plural: "assignments",
         namespaced: true,
-        specs: vec![spec],
+        specs: vec![most, carrying],
         statuses: vec![status],
     }
 }

@@ -54,7 +54,16 @@ impl Scene {
         records: usize,
         change: impl FnOnce(&mut Value),
     ) -> Result<gogrid_api::InferenceJob> {
-        let mut spec = spec(&Questions::new(3, records).lines(), name)?;
+        self.job_of(Questions::new(3, records), name, change).await
+    }
+
+    async fn job_of(
+        &self,
+        questions: Questions,
+        name: &str,
+        change: impl FnOnce(&mut Value),
+    ) -> Result<gogrid_api::InferenceJob> {
+        let mut spec = spec(&questions.lines(), name)?;
         change(&mut spec);
         self.cluster.create_job("default", name, spec).await
     }
@@ -316,20 +325,21 @@ async fn answers_that_are_lost(scene: &Scene) -> Result<()> {
         slowly(spec);
         spec["placement"] = json!({"nodeSelector": {"heedless": "yes"}});
     };
-    let job = scene.job("unanswered", 60, there).await?;
+    let questions = Questions::new(3, 60).wordy();
+    let job = scene.job_of(questions, "unanswered", there).await?;
     scene.cluster.until_finished(&job, LONG).await?;
     Ok(())
 }
 
 /// Every answer to one operator's writes is lost; the first writes of the next are carried out twice, as by a proxy that
-/// repeats. An input that its user edits meanwhile is taken as edited.
+/// repeats. An input that its user edits meanwhile is taken as edited; it is too long for an order.
 async fn an_operator_without_answers(scene: &Scene) -> Result<()> {
     let other_operator = |fault: &str| {
         scene.cluster.process("operator")?.kill();
         scene.cluster.start_operator(&["--fault", fault])
     };
     other_operator("lose-answer=1..100000")?;
-    let edited = scene.job_of_map("edited", 5, |_| ()).await?;
+    let edited = scene.job_of_map("edited", 200, |_| ()).await?;
     let staged = names::input_chunk(&edited.uid().context("no uid")?, 0);
     let ours: Api<ConfigMap> = Api::namespaced(scene.cluster.client.clone(), NAMESPACE);
     eventually(LONG, "the input to be staged", || async {
@@ -337,7 +347,7 @@ async fn an_operator_without_answers(scene: &Scene) -> Result<()> {
         Ok(())
     })
     .await?;
-    let questions = Questions::new(6, 5);
+    let questions = Questions::new(6, 200);
     let theirs: Api<ConfigMap> = Api::namespaced(scene.cluster.client.clone(), "default");
     let edit = Patch::Merge(json!({"data": {"input.jsonl": questions.lines().join("\n")}}));
     theirs

@@ -50,15 +50,37 @@ fn order_changes() -> Vec<Value> {
         json!({"contextTokens": 4096}),
         json!({"parallelSequences": 5}),
         json!({"inputs": []}),
+        json!({"inputs": [{"text": "{}\n{}\n", "firstLine": 1, "records": 2}]}),
         json!({"skip": null}),
         json!({"maxFailedRecords": null}),
     ]
+}
+
+/// An order with these inputs.
+fn fed(n: usize, input: Value) -> Try {
+    let mut spec = spec("Assignment", n, json!({}));
+    let input = input.as_object().cloned().unwrap_or_default();
+    for (key, value) in input {
+        spec["inputs"][0][key] = value;
+    }
+    Try::Create(spec)
 }
 
 pub(super) fn of_assignments() -> Vec<Row> {
     let order = json!({"reason": "Preempted", "graceSeconds": 5});
     let over = |state: &str| json!({"state": state});
     vec![
+        Row {
+            kind: "Assignment",
+            rule: "has(self.configMap) != has(self.text)",
+            field: "spec.inputs[0]",
+            bad: vec![
+                fed(0, json!({"text": "{}\n"})),
+                fed(1, json!({"configMap": "input-0-1-0"})),
+                fed(0, json!({"configMap": null})),
+            ],
+            good: vec![fed(0, json!({})), fed(1, json!({}))],
+        },
         Row {
             kind: "Assignment",
             rule: concat!(
