@@ -32,11 +32,11 @@ impl Questions {
         Self { asked }
     }
 
-    /// The same with ids of 400 letters: a few dozen are too long for an order, and their answers for its status.
+    /// The same with ids of 240 letters: a few dozen are too long for an order, and their answers for its status.
     #[must_use]
     pub fn wordy(mut self) -> Self {
         for (id, _, _) in &mut self.asked {
-            id.push_str(&"-".repeat(400));
+            id.push_str(&"-".repeat(240));
         }
         self
     }
