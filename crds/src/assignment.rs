@@ -4,6 +4,7 @@
 
 use crate::ByteQuantity;
 use crate::job::{Download, Failure, Generation, Measured, Progress, Stage};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -338,9 +339,13 @@ pub struct AssignmentStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 128))]
     pub session: Option<String>,
-    /// Progress at the last transition; between transitions it is in the GpuNode's heartbeat.
+    /// Progress as of this write; between writes that are far apart it is in the GpuNode's heartbeat.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub progress: Option<Progress>,
+    /// When the node's Lease was last renewed as of this write, by the node's clock. No write's cause.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "crate::schema::time")]
+    pub renewed_at: Option<Time>,
     /// A download on its way.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub download: Option<Download>,

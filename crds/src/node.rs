@@ -143,7 +143,7 @@ pub struct RunningProgress {
     pub progress: Progress,
 }
 
-/// A batch of progress, written only while anything runs.
+/// A batch of progress, written only while anything runs that its own Assignment's status did not tell of lately.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Heartbeat {

@@ -221,9 +221,14 @@ impl Draft {
             self.status.lease = Some(LeaseStatus {
                 name: names::node_lease(&run.spec.node_name),
                 holder: run.spec.session.clone(),
-                last_heartbeat: beat
-                    .map(|(h, _)| h.renewed_at.clone())
-                    .or_else(|| self.status.lease.take().and_then(|l| l.last_heartbeat)),
+                last_heartbeat: [
+                    beat.map(|(h, _)| h.renewed_at.clone()),
+                    status.renewed_at,
+                    self.status.lease.take().and_then(|l| l.last_heartbeat),
+                ]
+                .into_iter()
+                .flatten()
+                .max(),
             });
         }
         if matches!(status.state, Some(State::Loading | State::Running)) {

@@ -36,9 +36,12 @@ pub fn worth_telling(
     if news(written.unwrap_or(&none)) != news(status) {
         return true;
     }
+    let passing = |state| matches!(state, State::Fetching | State::Loading);
+    // What was told and is no longer so is worth telling at once.
+    let outdated = written.and_then(|status| status.state).is_some_and(passing);
     match state {
         State::Fetching | State::Loading => lasted >= nanos(PASSING),
-        State::Running => lasted >= nanos(passing_run(timing)),
+        State::Running => outdated || lasted >= nanos(passing_run(timing)),
         State::Claimed | State::Stopping | State::Stopped | State::Succeeded | State::Failed => true,
     }
 }
@@ -122,8 +125,8 @@ impl Pace {
     }
 
     /// Whether to write this status now. What changes with every job, heartbeat and rows of limits, is a reason once per
-    /// batch interval.
-    pub fn due(&self, status: &GpuNodeStatus, timing: LeaseTiming, now: Nanos) -> bool {
+    /// batch interval; a heartbeat only when it `beats`: it tells of a job of which nothing else was written for so long.
+    pub fn due(&self, status: &GpuNodeStatus, beats: bool, timing: LeaseTiming, now: Nanos) -> bool {
         let Some((last, at)) = &self.written else {
             return true;
         };
@@ -153,7 +156,7 @@ impl Pace {
                 && (health(devices) != health(&last.devices) || after(self.memory_at, MEMORY_EVERY)))
             || (*profiles != last.profiles && after(self.profiles_at, PROFILES_EVERY))
             // Rows of limits also change with every worker that comes or goes.
-            || ((heartbeat, enforcement) != (&last.heartbeat, &last.enforcement)
+            || ((*enforcement != last.enforcement || (beats && *heartbeat != last.heartbeat))
                 && after(*at, timing.heartbeat_batch()))
     }
 }
@@ -206,11 +209,11 @@ mod tests {
             effective: "15".into(),
             mechanism: "thread".into(),
         }];
-        assert!(!pace.due(&busy, timing, 29 * second) && pace.due(&busy, timing, 30 * second));
+        assert!(!pace.due(&busy, true, timing, 29 * second) && pace.due(&busy, true, timing, 30 * second));
         let edited =
             serde_json::json!([{"name": "a", "generation": 2, "effectiveAt": "1970-01-01T00:00:00Z"}]);
         busy.profiles = serde_json::from_value(edited).unwrap();
-        assert!(!pace.due(&busy, timing, 4 * second) && pace.due(&busy, timing, 5 * second));
+        assert!(!pace.due(&busy, true, timing, 4 * second) && pace.due(&busy, true, timing, 5 * second));
     }
 
     #[test]
@@ -234,6 +237,12 @@ mod tests {
         ];
         assert!(at_once.iter().all(|state| told(&is(*state), 0)));
         assert!(!told(&AssignmentStatus::default(), u64::MAX));
+        assert!(worth_telling(
+            Some(&is(State::Loading)),
+            &is(State::Running),
+            0,
+            timing
+        ));
     }
 
     #[test]
@@ -267,12 +276,33 @@ mod tests {
     }
 
     #[test]
+    fn a_heartbeat_is_a_reason_only_where_it_tells_of_a_job_of_which_nothing_else_was_written() {
+        let (timing, second) = (LeaseTiming::default(), 1_000_000_000);
+        let mut pace = Pace::default();
+        let at = |time: &str| {
+            let heartbeat = serde_json::json!({"lease": "l", "renewedAt": time});
+            GpuNodeStatus {
+                heartbeat: serde_json::from_value(heartbeat).unwrap(),
+                ..status(1)
+            }
+        };
+        pace.wrote(at("1970-01-01T00:00:00Z"), 0);
+        let later = at("1970-01-01T00:00:30Z");
+        assert!(pace.due(&later, true, timing, 30 * second));
+        assert!(!pace.due(&later, false, timing, 90 * second));
+        assert!(
+            pace.due(&status(1), false, timing, second),
+            "nothing runs any more"
+        );
+    }
+
+    #[test]
     fn an_unchanged_status_is_never_written_again() {
         let timing = LeaseTiming::default();
         let mut pace = Pace::default();
-        assert!(pace.due(&status(1), timing, 0));
+        assert!(pace.due(&status(1), true, timing, 0));
         pace.wrote(status(1), 0);
-        assert!(!pace.due(&status(1), timing, u64::MAX));
+        assert!(!pace.due(&status(1), true, timing, u64::MAX));
     }
 
     #[test]
@@ -292,10 +322,10 @@ mod tests {
         let timing = LeaseTiming::default();
         let mut pace = Pace::default();
         pace.wrote(status(1), 0);
-        assert!(!pace.due(&status(2), timing, 9_999_999_999));
-        assert!(pace.due(&status(2), timing, 10_000_000_000));
+        assert!(!pace.due(&status(2), true, timing, 9_999_999_999));
+        assert!(pace.due(&status(2), true, timing, 10_000_000_000));
         let mut sick = status(1);
         sick.devices[0].health = Health::Unhealthy;
-        assert!(pace.due(&sick, timing, 1_000_000_000));
+        assert!(pace.due(&sick, true, timing, 1_000_000_000));
     }
 }

@@ -3,6 +3,7 @@
 //! Owns: the status as it should read and the moment it is written. Must not measure or enforce anything.
 
 use super::Owner;
+use super::work::Work;
 use crate::clock::wall_seconds;
 use crate::event::Event;
 use gogrid_agent_core::plan::Phase;
@@ -95,7 +96,8 @@ impl Owner {
         }
         self.node_look_at = self.pace.look_at(self.tools.config.timing, now);
         self.refresh(now);
-        if !untold && !self.pace.due(&self.status, self.tools.config.timing, now) {
+        let beats = self.beats(now);
+        if !untold && !self.pace.due(&self.status, beats, self.tools.config.timing, now) {
             return;
         }
         self.node_writing = true;
@@ -177,19 +179,8 @@ impl Owner {
 
     /// How far jobs are that have run for a batch interval; of younger ones the Assignment's own turns say enough.
     fn heartbeat(&self, now: Nanos) -> Option<Heartbeat> {
-        let young = nanos(self.tools.config.timing.heartbeat_batch());
-        let live = |name: &String| {
-            self.jobs.get(name).is_some_and(|j| {
-                matches!(
-                    j.phase,
-                    Phase::Running | Phase::Renewing | Phase::Renewed | Phase::Draining | Phase::Drained
-                )
-            })
-        };
         let running: Vec<RunningProgress> = self
-            .work
-            .iter()
-            .filter(|(name, work)| live(name) && work.running_for(now) >= young)
+            .lasting(now)
             .take(256)
             .map(|(name, work)| RunningProgress {
                 assignment: name.clone(),
@@ -201,6 +192,27 @@ impl Owner {
             lease: node_lease(&self.tools.config.node),
             renewed_at,
             running,
+        })
+    }
+
+    /// Whether the heartbeat tells of a job whose own status was not written for a batch interval.
+    fn beats(&self, now: Nanos) -> bool {
+        let batch = nanos(self.tools.config.timing.heartbeat_batch());
+        self.lasting(now)
+            .any(|(_, work)| now >= work.told_at.saturating_add(batch))
+    }
+
+    /// Jobs that have run for a batch interval.
+    fn lasting(&self, now: Nanos) -> impl Iterator<Item = (&String, &Work)> {
+        let young = nanos(self.tools.config.timing.heartbeat_batch());
+        self.work.iter().filter(move |(name, work)| {
+            let live = self.jobs.get(*name).is_some_and(|j| {
+                matches!(
+                    j.phase,
+                    Phase::Running | Phase::Renewing | Phase::Renewed | Phase::Draining | Phase::Drained
+                )
+            });
+            live && work.running_for(now) >= young
         })
     }
 }

@@ -427,8 +427,11 @@ impl Owner {
         ) {
             return;
         }
-        let status = work.status.clone();
-        work.writing = Some(status.clone());
+        let status = AssignmentStatus {
+            renewed_at: self.renewed_at.clone(),
+            ..work.status.clone()
+        };
+        work.writing = Some(work.status.clone());
         let (calls, hub, target) = (
             self.tools.calls.clone(),
             self.tools.hub.clone(),
@@ -459,6 +462,7 @@ impl Owner {
                     workers::acknowledge(work, lines);
                 }
                 work.written = status;
+                work.told_at = now;
                 if let Some(job) = self.jobs.get_mut(name) {
                     job.accepted = true;
                 }

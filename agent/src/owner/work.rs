@@ -78,6 +78,8 @@ pub(crate) struct Work {
     pub(crate) turned_at: Nanos,
     /// The status last written.
     pub(crate) written: Option<AssignmentStatus>,
+    /// When that was.
+    pub(crate) told_at: Nanos,
     /// The one on its way.
     pub(crate) writing: Option<AssignmentStatus>,
     /// No sooner than this.
@@ -129,6 +131,7 @@ impl Work {
             status: AssignmentStatus::default(),
             turned_at: now,
             written: None,
+            told_at: now,
             writing: None,
             retry_at: 0,
             gone: false,
