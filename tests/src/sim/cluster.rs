@@ -29,6 +29,8 @@ pub const TEAM: &str = "team";
 pub(super) const OWN: &str = "gogrid-system";
 /// The longest that getting a model takes, and loading one: some are worth telling, most are not.
 const LONGEST: (Nanos, Nanos) = (10 * SECOND, 12 * SECOND);
+/// The same where the model is at hand.
+const AT_HAND: (Nanos, Nanos) = (SECOND / 4, SECOND / 4);
 /// What one job takes of a node's device.
 const MEMORY: u64 = 3 << 30;
 
@@ -122,13 +124,15 @@ impl Cluster {
             without,
         };
         cluster.furnish(nodes)?;
-        // Every fourth time all clocks are as wrong as they may be, in the way that is worst for a lease.
+        // Every fourth time all clocks are as wrong as they may be, in the way that is worst for a lease, and models are at hand,
+        // so that who is placed anew begins at once.
         let worst = rng.permille(250);
+        let longest = if worst { AT_HAND } else { LONGEST };
         for number in 0..nodes {
             let name = format!("node-{number}");
             let slow = if worst { -MOST_DRIFT } else { drift(rng) };
             let machine = Machine::new(time.clone(), rng.between(10, 9_000) * SECOND, slow);
-            let node = Node::new(name, machine, &cluster.truth, &file, LONGEST, rng)?;
+            let node = Node::new(name, machine, &cluster.truth, &file, longest, rng)?;
             cluster.nodes.push(node);
         }
         for _ in 0..operators {
