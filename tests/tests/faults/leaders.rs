@@ -146,7 +146,7 @@ async fn small_job(world: &World, name: &str) -> Result<(InferenceJob, Questions
 
 /// As [`small_job`], of a few seconds.
 async fn slow_job(world: &World, name: &str) -> Result<(InferenceJob, Questions)> {
-    let questions = Questions::new(6, 30);
+    let questions = Questions::new(6, 90);
     let mut spec = spec(&questions.lines(), name)?;
     spec["profileName"] = json!("conservative");
     Ok((world.cluster.create_job("default", name, spec).await?, questions))
