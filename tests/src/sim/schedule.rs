@@ -236,7 +236,7 @@ impl Schedule {
             }
         };
         // Runs are stopped seldom, so that this is waited for more often.
-        let step = if rng.permille(80) {
+        let step = if rng.permille(150) {
             Step::Stop
         } else {
             rng.pick(&STEPS).copied().unwrap_or(Step::Run)
