@@ -64,10 +64,9 @@ fn service(config: &Config, delivery: Duration) -> Result<GenericService, kube::
         .layer(config.extra_headers_layer()?)
         .map_err(BoxError::from)
         .service(client);
+    let boxed = |body: hyper::body::Incoming| -> Box<DynBody> { Box::new(body.map_err(BoxError::from)) };
     Ok(service
-        .map_response(|response: Response<_>| {
-            response.map(|body: hyper::body::Incoming| Box::new(body.map_err(BoxError::from)) as Box<DynBody>)
-        })
+        .map_response(move |response: Response<_>| response.map(boxed))
         .boxed())
 }
 

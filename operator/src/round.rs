@@ -53,7 +53,7 @@ impl Memory {
                 self.staged = Some(inputs.clone());
             }
             Fact::InputRefused(refusal) => {
-                self.refused = Some((refusal.clone(), Millis(now.0 + INPUT_AGAIN)))
+                self.refused = Some((refusal.clone(), Millis(now.0 + INPUT_AGAIN)));
             }
             Fact::Published(publication) => self.published = Some(publication.clone()),
             Fact::Assignment(_)

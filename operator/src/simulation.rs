@@ -471,24 +471,6 @@ fn an_order_that_this_process_has_not_seen_is_looked_up_before_it_is_called_lost
 }
 
 #[test]
-fn an_input_that_an_agent_did_not_find_is_staged_again_before_the_next_attempt() {
-    let mut sim = Sim::new();
-    sim.node("a", "s1");
-    sim.job(&json!({}));
-    sim.settle();
-    sim.agent("u-1", &json!({"state": "Failed", "failure": {"reason": "InputMissing", "message": "no", "retryable": true}}));
-    let before = sim.steps.len();
-    sim.has_inputs.clear();
-    sim.settle();
-    assert!(
-        sim.steps[before..].contains(&"Requeue".to_owned()),
-        "{:?}",
-        sim.steps
-    );
-    assert!(sim.has_inputs.contains("u"));
-}
-
-#[test]
 fn an_unknown_model_is_inspected_once_for_all_jobs_and_its_failure_is_the_reason() {
     let mut sim = Sim::new();
     sim.node("a", "s1");

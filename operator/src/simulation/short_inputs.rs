@@ -72,3 +72,21 @@ fn an_input_is_staged_anew_where_no_order_is_left_that_carries_it() {
     sim.settle();
     assert_eq!(sim.run("u-2").spec.inputs, [in_the_order("later\nlater\n")]);
 }
+
+#[test]
+fn an_input_that_an_agent_did_not_find_is_staged_again_before_the_next_attempt() {
+    let mut sim = Sim::new();
+    sim.node("a", "s1");
+    sim.job(&json!({}));
+    sim.settle();
+    sim.agent("u-1", &json!({"state": "Failed", "failure": {"reason": "InputMissing", "message": "no", "retryable": true}}));
+    let before = sim.steps.len();
+    sim.has_inputs.clear();
+    sim.settle();
+    assert!(
+        sim.steps[before..].contains(&"Requeue".to_owned()),
+        "{:?}",
+        sim.steps
+    );
+    assert!(sim.has_inputs.contains("u"));
+}
