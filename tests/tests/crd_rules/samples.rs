@@ -123,7 +123,7 @@ fn assignment() -> Sample {
     let mut carrying = most.clone();
     carrying["inputs"] = json!([{"text": "{}\n{}\n", "firstLine": 1, "records": 2}]);
     let status = json!({
-        "state": "Running", "session": "boot/instance", "progress": progress(), "download": download(), "measured": {"peakVRAM": "3Gi"},
+        "state": "Running", "session": "boot/instance", "renewedAt": TIME, "progress": progress(), "download": download(), "measured": {"peakVRAM": "3Gi"},
         "limits": {
             "profiles": ["default@1"], "vram": "4Gi", "computePercent": 50, "minRequestIntervalMillis": 100, "niceness": 15, "io": "Idle",
             "maxBatchSize": 2,

@@ -298,7 +298,7 @@ fn a_card_lost_under_a_job_ends_only_that_job_which_goes_on_when_the_card_is_bac
                 d.len() == 2 && d.iter().all(|d| d.health == Health::Healthy)
             })
             .await?;
-        let questions = Questions::new(42, 50);
+        let questions = Questions::new(42, 120);
         let mut jobs: Vec<InferenceJob> = vec![];
         for (name, fallback) in [
             ("on-card-a", "Never"),
