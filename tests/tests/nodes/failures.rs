@@ -119,7 +119,7 @@ fn a_deleted_agent_pod_costs_its_jobs_a_moment_and_no_record() -> Result<()> {
 #[test]
 fn a_worker_killed_for_want_of_memory_hurts_neither_its_agent_nor_other_jobs() -> Result<()> {
     on_real_nodes(|installed| async move {
-        let (a, b) = (Questions::new(16, 150), Questions::new(17, 150));
+        let (a, b) = (Questions::new(16, 220), Questions::new(17, 220));
         let first = submit(&installed, "victim", &a, Some("node-1"), true).await?;
         let second = submit(&installed, "neighbour", &b, Some("node-1"), true).await?;
         until_answering(&installed, &first).await?;
