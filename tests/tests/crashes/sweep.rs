@@ -205,6 +205,11 @@ impl Sweep<'_> {
             }
             end = &mut run => (end, false),
         };
+        if !died {
+            // Its fault may come yet, and would strike in what comes after.
+            doomed.kill();
+            victim.start(cluster, *flow, &[])?;
+        }
         let call = struck(&doomed).pop().unwrap_or_default();
         let struck_at = || format!("struck at {call}");
         let compared = match (end.with_context(struck_at)?, undisturbed) {
