@@ -24,6 +24,12 @@ pub enum ClientError {
     /// Neither a kubeconfig nor a service account.
     #[error("no way to the API server is configured")]
     Infer(#[from] kube::config::InferConfigError),
+    /// A proxy is in the way.
+    #[error(
+        "the API server would be reached through the proxy {0}, which is not supported: take proxy-url out of the kubeconfig \
+         and HTTPS_PROXY out of the environment"
+    )]
+    Proxy(http::Uri),
     /// The configuration can't be used.
     #[error("the configured way to the API server can't be used")]
     Build(#[source] Box<kube::Error>),
@@ -83,6 +89,9 @@ where
     L::Service: Service<Request<Body>, Response = Response<Box<DynBody>>, Error = BoxError> + Send + 'static,
     <L::Service as Service<Request<Body>>>::Future: Send + 'static,
 {
+    if let Some(proxy) = &config.proxy_url {
+        return Err(ClientError::Proxy(proxy.clone()));
+    }
     let service = service(config, delivery).map_err(|e| ClientError::Build(Box::new(e)))?;
     let builder = ClientBuilder::new(service, config.default_namespace.clone());
     Ok(builder.with_layer(beneath).with_layer(gate).build())
@@ -91,7 +100,27 @@ where
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::clock::Machine;
+    use crate::gate::Leadership;
+    use crate::metrics::Metrics;
     use rustix::net::sockopt::tcp_user_timeout;
+
+    #[test]
+    fn a_proxy_is_refused_by_name_and_not_passed_by() {
+        let gate = GateLayer {
+            host: std::sync::Arc::new(Machine),
+            leadership: std::sync::Arc::new(Leadership::default()),
+            deadline: Duration::from_secs(3),
+            metrics: std::sync::Arc::new(Metrics::new().unwrap()),
+        };
+        let mut config = Config::new("https://127.0.0.1:6443".parse().unwrap());
+        config.proxy_url = Some("http://proxy:3128".parse().unwrap());
+        let beneath = tower::layer::util::Identity::new();
+        let refused = gated(&config, Duration::from_secs(2), &beneath, &gate)
+            .err()
+            .unwrap();
+        assert!(refused.to_string().contains("http://proxy:3128"), "{refused}");
+    }
 
     #[tokio::test]
     async fn the_kernel_gives_up_what_it_could_not_deliver_in_time() {
