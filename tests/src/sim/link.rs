@@ -346,3 +346,33 @@ impl tower::Service<Request<Body>> for Transport {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whether a request arrives that is sent into a partition of that length, on a connection that is given up after 2 s.
+    fn arrives(seed: u64, partition: Nanos) -> bool {
+        let runtime = tokio::runtime::Builder::new_current_thread().build();
+        runtime.unwrap().block_on(async {
+            let time = Time::default();
+            let link = Link::new(time.clone(), Rng::new(seed), SECOND);
+            link.cut(false);
+            let sent = Arc::clone(&link);
+            let way = tokio::spawn(async move { sent.there(2 * SECOND).await });
+            tokio::task::yield_now().await;
+            while time.advance(partition) {
+                tokio::task::yield_now().await;
+            }
+            link.mend(false);
+            way.await.unwrap()
+        })
+    }
+
+    #[test]
+    fn what_a_partition_holds_back_for_longer_than_its_connection_lasts_never_arrives() {
+        let of_20 = |partition| (0..20).filter(|seed| arrives(*seed, partition)).count();
+        assert!(of_20(SECOND) > 0, "some are lost in a partition, not all");
+        assert_eq!(of_20(10 * SECOND), 0);
+    }
+}
