@@ -17,7 +17,7 @@ pub const WRITE_EVERY: Millis = Millis(1_000);
 /// Looks at the status in the time between two heartbeats.
 const LOOKS: Nanos = 6;
 /// How long getting or loading a model takes before that is worth telling.
-pub const PASSING: Millis = Millis(5_000);
+const PASSING: Millis = Millis(5_000);
 
 /// Whether an assignment's status whose state has lasted that long is worth a write. A model that is at hand is got and
 /// loaded within moments, a small job answers its records within a few more, and every write of an agent's is followed by one
@@ -47,7 +47,7 @@ pub fn worth_telling(
 }
 
 /// How long records are answered before that is worth telling: half a lease.
-pub fn passing_run(timing: LeaseTiming) -> Millis {
+fn passing_run(timing: LeaseTiming) -> Millis {
     Millis(timing.lease().0 / 2)
 }
 

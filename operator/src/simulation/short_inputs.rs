@@ -21,13 +21,19 @@ fn in_the_order(text: &str) -> StagedInput {
     }
 }
 
-#[test]
-fn an_input_in_the_order_is_nowhere_else_and_nothing_but_the_order_is_removed_at_the_end() {
+/// A job with that input that has just been placed.
+fn placed(input: StagedInput) -> Sim {
     let mut sim = Sim::new();
-    sim.input = in_the_order("{}\n{}\n");
+    sim.input = input;
     sim.node("a", "s1");
     sim.job(&json!({}));
     sim.settle();
+    sim
+}
+
+#[test]
+fn an_input_in_the_order_is_nowhere_else_and_nothing_but_the_order_is_removed_at_the_end() {
+    let mut sim = placed(in_the_order("{}\n{}\n"));
     assert_eq!(sim.run("u-1").spec.inputs, [in_the_order("{}\n{}\n")]);
     assert!(sim.has_inputs.is_empty());
     assert_eq!(sim.memory["u"].staged, None, "the order has it");
@@ -45,11 +51,7 @@ fn an_input_in_the_order_is_nowhere_else_and_nothing_but_the_order_is_removed_at
 
 #[test]
 fn what_was_staged_first_is_what_every_epoch_gets_also_after_the_operators_crash() {
-    let mut sim = Sim::new();
-    sim.input = in_the_order("first\nfirst\n");
-    sim.node("a", "s1");
-    sim.job(&json!({}));
-    sim.settle();
+    let mut sim = placed(in_the_order("first\nfirst\n"));
     // The user's ConfigMap says something else by now.
     sim.input = in_the_order("later\nlater\n");
     sim.memory.clear();
@@ -60,11 +62,7 @@ fn what_was_staged_first_is_what_every_epoch_gets_also_after_the_operators_crash
 
 #[test]
 fn an_input_is_staged_anew_where_no_order_is_left_that_carries_it() {
-    let mut sim = Sim::new();
-    sim.input = in_the_order("first\nfirst\n");
-    sim.node("a", "s1");
-    sim.job(&json!({}));
-    sim.settle();
+    let mut sim = placed(in_the_order("first\nfirst\n"));
     sim.agent("u-1", &json!({"state": "Claimed"}));
     sim.settle();
     sim.input = in_the_order("later\nlater\n");
@@ -75,10 +73,7 @@ fn an_input_is_staged_anew_where_no_order_is_left_that_carries_it() {
 
 #[test]
 fn an_input_that_an_agent_did_not_find_is_staged_again_before_the_next_attempt() {
-    let mut sim = Sim::new();
-    sim.node("a", "s1");
-    sim.job(&json!({}));
-    sim.settle();
+    let mut sim = placed(beside_the_order());
     sim.agent("u-1", &json!({"state": "Failed", "failure": {"reason": "InputMissing", "message": "no", "retryable": true}}));
     let before = sim.steps.len();
     sim.has_inputs.clear();
